@@ -1,0 +1,60 @@
+"""Writes W4A16 checkpoints with random weights, as compressed-tensors itself writes them: for demo and tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors import ModelCompressor, compress_module
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+
+def write_compressed_tensors(
+    folder: Path,
+    config: PretrainedConfig,
+    *,
+    group_size: int | None = 32,
+    symmetric: bool = True,
+    targets: tuple[str, ...] = ("Linear",),
+    ignore: tuple[str, ...] = ("lm_head",),
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+) -> None:
+    """A checkpoint of a random causal language model, its linear layers rounded to the nearest int4 value.
+
+    group_size: how many neighbours along K share a scale; None: all of a row.
+    targets, ignore: which modules are quantised, by compressed-tensors' rules.
+    dtype: of the scales and of everything that is not quantised.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    strategy = "channel" if group_size is None else "group"
+    weights = QuantizationArgs(num_bits=4, symmetric=symmetric, strategy=strategy, group_size=group_size)
+    scheme = QuantizationScheme(targets=list(targets), weights=weights)
+    quantization = QuantizationConfig(config_groups={"group_0": scheme}, ignore=list(ignore))
+    apply_quantization_config(model, quantization, show_progress=False)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            runs = module.weight.detach().unflatten(-1, (-1, group_size or module.in_features))
+            scale, zero = calculate_qparams(runs.amin(-1), runs.amax(-1), weights)
+            module.weight_scale.data.copy_(scale)
+            module.weight_zero_point.data.copy_(zero)
+            compress_module(module)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    ModelCompressor.from_pretrained_model(model).update_config(str(folder))
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of `vocab_size` words, w0 w1 w2 ..., beside a checkpoint; an unknown word becomes w0."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)

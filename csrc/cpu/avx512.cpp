@@ -1,0 +1,56 @@
+// AVX-512 in float32. See portable.cpp for what the names of a policy mean.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <new>
+
+#include "linear.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,fma")
+#endif
+
+#include "avx512.h"
+
+namespace w4a16_cpu {
+namespace {
+
+struct Avx512 : Avx512Base {
+  static constexpr int kUnits = 8, kRows = 4, kDirectBlock = 4, kPanelFrom = 16, kPanelRows = 8, kPanelVectors = 3;
+  static constexpr int kMaxCols = kPanelVectors * L;
+  static constexpr bool kPairs = false;
+  using W = F;
+  using Z = F;
+
+  static F codes() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  // One zero for all lanes: decoding is a look-up in the table of the 16 values (the index is the low four bits of a lane).
+  static Z zero_uniform(float z) { return _mm512_sub_ps(codes(), set1(z)); }
+  static Z zero_lanes(F z) { return z; }
+  template <bool Uniform>
+  static W decode(I words, int u, Z z) {
+    const I index = _mm512_srli_epi32(words, 4 * u);
+    if (Uniform) return _mm512_permutexvar_ps(index, z);
+    return _mm512_sub_ps(_mm512_permutexvar_ps(index, codes()), z);
+  }
+  static W load_unit(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  static W broadcast_unit(const uint32_t* p) { return set1(*reinterpret_cast<const float*>(p)); }
+  static void store_unit(uint32_t* p, W w) { store(reinterpret_cast<float*>(p), w); }
+  static F first(W w, W x) { return _mm512_mul_ps(w, x); }
+  static F mac(F sum, W w, W x) { return fma(w, x, sum); }
+};
+
+}  // namespace
+
+void linear_avx512(const Call& call) { linear<Avx512>(call); }
+
+}  // namespace w4a16_cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

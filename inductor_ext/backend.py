@@ -1,0 +1,119 @@
+"""``torch.compile(model, backend="w4a16")``: rewrite Dynamo's graph, hand it to Inductor, and feed it packed weights at every call."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from inductor_ext import passes, prove, subclasses, weights
+from inductor_ext.capture import DynamoSite, Slot
+from inductor_ext.options import Options, inductor_config, split
+from inductor_ext.report import Report
+from inductor_ext.rewrite import Proved, Strict, rewrite
+
+log = logging.getLogger("inductor_ext.backend")
+Compiled = Callable[..., Any]
+
+
+def w4a16(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """The backend, as ``torch.compile`` calls it. ``mode`` and ``options`` are Inductor's, and ``w4a16.kernel``, ``w4a16.strict`` ours.
+
+    Raises what ``options.split`` raises, oracle.NoKernel for a forced kernel that cannot, and Strict.
+    """
+    own, rest = split(options)
+    config = passes.with_pass(inductor_config(mode, rest), own)
+    site, proved = _rewritten(gm, example_inputs, own, Report())
+    if not proved:
+        return _inductor(gm, example_inputs, config)
+    feeds = [_feed(site, p) for p in proved]
+    compiled = _inductor(site.gm, site.inputs, config)
+    return _fed(compiled, feeds, own.strict, lambda: _inductor(gm, example_inputs, config))
+
+
+def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], own: Options, report: Report) -> tuple[DynamoSite, list[Proved]]:
+    site = DynamoSite(gm, example_inputs)
+    with _disable_current_modes(), torch.no_grad():
+        proved = rewrite(site, own, report, subclasses.inside)
+    site.gm.recompile()
+    return site, proved
+
+
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
+    compiled: Compiled = compile_fx(gm, list(inputs), config_patches=dict(config))
+    return compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What one op needs at every call: its stored tensors among the arguments, and how they were read when the graph was rewritten."""
+
+    slots: tuple[Slot, ...]
+    recipe: weights.Recipe
+    kernel: str
+    kind: weights.Kind
+
+    def tensors(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The packed tensors. Raises prove.NotProved if the stored ones are new or changed, and not what the graph was compiled for."""
+        sources = [slot.find(args) for slot in self.slots]
+        entry = weights.entry(self.recipe, sources)
+        if entry.kind != self.kind:
+            raise prove.NotProved(f"it is of kind {entry.kind}, and the graph was compiled for {self.kind}")
+        return entry.tensors(self.kernel, sources)
+
+
+def _feed(site: DynamoSite, p: Proved) -> Feed:
+    if p.inside:
+        whole = site.slot(p.anchor.weight)
+        slots = tuple(dataclasses.replace(whole, parts=path) for path in p.parts)
+    else:
+        slots = tuple(site.slot(leaf) for leaf in p.cone.leaves)
+    return Feed(slots, p.recipe, p.kernel, p.entry.kind)
+
+
+def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Callable[[], Compiled]) -> Compiled:
+    """The compiled graph, called with the packed weights of whatever stored tensors it is called with.
+
+    One graph serves many layers, and weights may change: should those of a call not be what was proved, the call runs the graph as it was.
+    """
+    plain: list[Compiled] = []
+
+    def run(*args: Any) -> Any:
+        try:
+            extra = [t for feed in feeds for t in feed.tensors(args)]
+        except prove.NotProved as reason:
+            if strict:
+                raise Strict(f"w4a16.strict: a weight that the graph was not compiled with: {reason}") from None
+            if not plain:
+                log.warning("a graph runs as it was before rewriting, for a weight that it was not compiled with: %s", reason)
+                plain.append(original())
+            return plain[0](*args)
+        return compiled(*args, *extra)
+
+    return run
+
+
+def explaining(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
+    """The report of every graph that ``model(*args, **kwargs)`` is captured in; the graphs themselves run eagerly."""
+    report = Report()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        _rewritten(gm, example_inputs, Options(), report)
+        forward: Compiled = gm.forward
+        return forward
+
+    model = getattr(model, "_orig_mod", model)
+    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+        torch.compile(model, backend=backend)(*args, **kwargs)
+    code = getattr(getattr(model, "forward", model), "__code__", None)
+    if code is not None:  # the captured graphs served their purpose; they must not count against the user's recompilations
+        torch._dynamo.reset_code(code)
+    return report

@@ -1,0 +1,63 @@
+"""The CPU kernel: C++ (csrc/cpu) that reads the canonical layout as it is and never makes a dense weight.
+
+The library `_cpu*.so` beside the package is loaded at first use. It holds code for several instruction sets and takes the best one that the
+machine has.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import Packed, Problem
+
+NAME = "cpu"
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def usable() -> str | None:
+    """Loads the library, once a process."""
+    found = sorted(_PACKAGE.glob("_cpu*.so"))
+    if not found:
+        return "The compiled library inductor_ext/_cpu*.so is missing; install the package with a C++ compiler at hand."
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"The compiled library {found[0].name} cannot be loaded: {error}."
+    return None
+
+
+def reject(problem: Problem) -> str | None:
+    if problem.op != "linear":
+        return f"The kernel computes linear, not {problem.op}."
+    if problem.device != "cpu":
+        return f"The kernel runs on the CPU, not on {problem.device}."
+    for role, dtype in (("activations", problem.dtype), ("scales", problem.scale_dtype)):
+        if dtype not in _FLOATS:
+            return f"The {role} must be bfloat16, float16 or float32, not {dtype}."
+    if problem.group_size % 8 != 0:
+        return f"The group size must be a multiple of 8, not {problem.group_size}."
+    return None
+
+
+def pack(canonical: PackedInt4) -> Packed:
+    return Packed(canonical.codes, canonical.scales, canonical.zeros, canonical.order)
+
+
+def unpack(packed: Packed) -> PackedInt4:
+    return PackedInt4(packed.qweight, packed.scales, packed.zeros, packed.order)
+
+
+def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tensor:
+    if (reason := usable()) is not None:
+        raise RuntimeError(reason)
+    if packed.order is not None:
+        x = torch.empty_like(x).index_copy_(1, packed.order.long(), x)
+    return torch.ops.w4a16_cpu.linear(x, packed.qweight, packed.scales, packed.zeros, bias, group_size)

@@ -1,0 +1,41 @@
+"""The reference kernel: dequantise a block of rows in float32, multiply. Runs everywhere, reads the canonical layout, is last in every list."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import Packed, Problem
+
+NAME = "reference"
+
+# 4 MiB of float32 at a time: the dequantised weight never exists as a whole.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def usable() -> str | None:
+    return None
+
+
+def reject(problem: Problem) -> str | None:
+    return None
+
+
+def pack(canonical: PackedInt4) -> Packed:
+    return Packed(canonical.codes, canonical.scales, canonical.zeros, canonical.order)
+
+
+def unpack(packed: Packed) -> PackedInt4:
+    return PackedInt4(packed.qweight, packed.scales, packed.zeros, packed.order)
+
+
+def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tensor:
+    weight = unpack(packed)
+    out = torch.empty(x.shape[0], weight.N, dtype=x.dtype, device=x.device)
+    wide = x.float()
+    for start in range(0, weight.N, step := max(1, _BLOCK_ELEMENTS // weight.K)):
+        block = weight.rows(start, start + step).dequantize()
+        y = torch.nn.functional.linear(wide, block, None if bias is None else bias[start : start + step].float())
+        out[:, start : start + step] = y
+    return out

@@ -1,0 +1,205 @@
+"""What config.json says about a checkpoint's int4 weights: which linear layers are packed, and how each is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NoReturn
+
+SUPPORTED = (
+    "Supported are dense decoder models with 4-bit integer weights and 16-bit activations, in these formats:"
+    " compressed-tensors 'pack-quantized' (strategy group or channel), GPTQ ('gptq', 'gptq_v2') and AWQ ('gemm')."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How one linear layer is stored.
+
+    format: "compressed-tensors", "gptq" or "awq".
+    group_size: how many neighbours along K share a scale and a zero; None: all of a row.
+    zeros: whether the file holds packed zeros; without them every zero is 8.
+    zero_offset: what is added to a stored zero: 1 in GPTQ's first format, 0 elsewhere.
+    group_index: whether the file holds the group of every k (act-order; GPTQ writes it always).
+    """
+
+    format: str
+    group_size: int | None
+    zeros: bool = True
+    zero_offset: int = 0
+    group_index: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The linear layers that a pattern names, and their scheme (None: left dense).
+
+    pattern: a class name, a module's full path, or "re:" and a regular expression for the start of the path.
+    """
+
+    pattern: str
+    scheme: Scheme | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which layers of a checkpoint are packed, and how.
+
+    rules: exact paths come before regular expressions, those before class names; of equals, the first decides.
+    ignore: patterns of layers that stay dense, whatever the rules say.
+    by_name: of the layers that a rule names, those are packed for which the files hold packed tensors: GPTQ and AWQ do
+    not write down which layers they skipped.
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    by_name: bool = False
+
+    def scheme(self, path: str, classes: Collection[str], stored: Collection[str]) -> Scheme | None:
+        """The scheme of the linear layer at `path`, or None if it is dense.
+
+        classes: the names of its class and of that class's bases. stored: the names of all tensors in the files.
+        """
+        if any(_matches(pattern, path, classes) for pattern in self.ignore):
+            return None
+        rule = min(
+            (rule for rule in self.rules if _matches(rule.pattern, path, classes)),
+            key=lambda rule: _vagueness(rule.pattern, path),
+            default=None,
+        )
+        if rule is None or rule.scheme is None:
+            return None
+        if not self.by_name:
+            return rule.scheme
+        if not any(f"{path}.{name}" in stored for name in ("qweight", "qzeros", "scales")):
+            return None
+        return dataclasses.replace(rule.scheme, group_index=rule.scheme.group_index or f"{path}.g_idx" in stored)
+
+
+def read_plan(quantization: Mapping[str, Any] | None) -> Plan:
+    """The plan in config.json's `quantization_config`.
+
+    Raises ValueError, with what was found and what is supported, if it asks for anything that cannot be loaded exactly.
+    """
+    if not quantization:
+        raise ValueError(
+            "config.json has no quantization_config, so this is not an int4 checkpoint; load it with"
+            f" transformers.AutoModelForCausalLM.from_pretrained. {SUPPORTED}"
+        )
+    readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
+    method = quantization.get("quant_method")
+    if method not in readers:
+        _refuse(f"has quant_method {method!r}")
+    return readers[method](quantization)
+
+
+def _compressed_tensors(quantization: Mapping[str, Any]) -> Plan:
+    _refuse_unless_empty(quantization, ("kv_cache_scheme", "transform_config"))
+    if (quantization.get("sparsity_config") or {}).get("format") not in (None, "dense"):
+        _refuse(f"has the sparsity_config {quantization['sparsity_config']}")
+    rules = []
+    for name, group in quantization.get("config_groups", {}).items():
+        if not isinstance(group, Mapping):
+            _refuse(f"names {name!r} without spelling it out")
+        _refuse_unless_empty(group, ("input_activations", "output_activations"), where=f"config group {name!r}: ")
+        found = group.get("format") or quantization.get("format")
+        if found != "pack-quantized":
+            _refuse(f"has format {found!r} (config group {name!r})")
+        scheme = _compressed_tensors_scheme(name, group.get("weights") or {})
+        rules += [Rule(pattern, scheme) for pattern in group.get("targets", ())]
+    return Plan(tuple(rules), tuple(quantization.get("ignore") or ()))
+
+
+def _compressed_tensors_scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
+    strategy, group_size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None and group_size is not None:
+        strategy = "channel" if group_size == -1 else "group"
+    bits, kind, dynamic = weights.get("num_bits"), weights.get("type", "int"), weights.get("dynamic", False)
+    if bits != 4 or kind != "int" or strategy not in ("group", "channel") or dynamic:
+        found = f"num_bits {bits}, type {kind!r}, strategy {strategy!r}, dynamic {dynamic}"
+        _refuse(f"has weights with {found} (config group {name!r})")
+    return Scheme(
+        format="compressed-tensors",
+        group_size=_group_size(group_size) if strategy == "group" else None,
+        zeros=not weights.get("symmetric", True),
+        # "weight" (or "static") reorders during calibration only; "group" (or "dynamic", or true) stores the index.
+        group_index=weights.get("actorder") in ("group", "dynamic", True),
+    )
+
+
+def _gptq(quantization: Mapping[str, Any]) -> Plan:
+    found = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    if found not in ("gptq", "gptq_v2") or quantization.get("is_marlin_format"):
+        _refuse(f"has checkpoint_format {found!r}, is_marlin_format={bool(quantization.get('is_marlin_format'))}")
+    if quantization.get("pack_dtype", "int32") != "int32":
+        _refuse(f"has pack_dtype {quantization['pack_dtype']!r}")
+
+    def scheme(settings: Mapping[str, Any]) -> Scheme:
+        _require_4_bits(settings)
+        return Scheme(
+            format="gptq",
+            group_size=_group_size(settings.get("group_size", -1)),
+            zero_offset=1 if found == "gptq" else 0,
+            group_index=bool(settings.get("desc_act")),
+        )
+
+    # GPTQModel's `dynamic`: "-:pattern" leaves layers dense, "+:pattern" or "pattern" gives them settings of their own.
+    rules = [Rule("Linear", scheme(quantization))]
+    for key, own in (quantization.get("dynamic") or {}).items():
+        sign, pattern = (key[0], key[2:]) if key[:2] in ("-:", "+:") else ("+", key)
+        rules.append(Rule(f"re:{pattern}", None if sign == "-" else scheme({**quantization, **own})))
+    return Plan(tuple(rules), _not_converted(quantization), by_name=True)
+
+
+def _awq(quantization: Mapping[str, Any]) -> Plan:
+    found = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
+    if found != "gemm":
+        _refuse(f"has version {found!r}")
+    if not quantization.get("zero_point", True):
+        _refuse("has zero_point false")
+    settings = {
+        "bits": quantization.get("bits", quantization.get("w_bit")),
+        "group_size": quantization.get("group_size", quantization.get("q_group_size", 128)),
+    }
+    _require_4_bits(settings)
+    scheme = Scheme(format="awq", group_size=_group_size(settings["group_size"]))
+    return Plan((Rule("Linear", scheme),), _not_converted(quantization), by_name=True)
+
+
+def _matches(pattern: str, path: str, classes: Collection[str]) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), path) is not None
+    return pattern == path or pattern in classes
+
+
+def _vagueness(pattern: str, path: str) -> int:
+    return 0 if pattern == path else 1 if pattern.startswith("re:") else 2
+
+
+def _not_converted(quantization: Mapping[str, Any]) -> tuple[str, ...]:
+    # AWQ's own loader keeps a layer dense if one of these is anywhere in its path.
+    return tuple(f"re:.*{re.escape(part)}" for part in quantization.get("modules_to_not_convert") or ())
+
+
+def _group_size(stored: Any) -> int | None:
+    if stored == -1:
+        return None
+    if not isinstance(stored, int) or stored <= 0:
+        _refuse(f"has group_size {stored!r}")
+    return stored
+
+
+def _require_4_bits(settings: Mapping[str, Any]) -> None:
+    if settings.get("bits") != 4:
+        _refuse(f"has bits {settings.get('bits')!r}")
+
+
+def _refuse_unless_empty(settings: Mapping[str, Any], keys: Iterable[str], where: str = "") -> None:
+    for key in keys:
+        if settings.get(key):
+            _refuse(f"has {where}{key} {settings[key]}")
+
+
+def _refuse(found: str) -> NoReturn:
+    raise ValueError(f"config.json's quantization_config {found}, which this loader cannot load. {SUPPORTED}")

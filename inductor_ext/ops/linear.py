@@ -1,0 +1,170 @@
+"""``torch.ops.w4a16.linear``: y = x @ W^T + bias with an int4 weight in a kernel's layout, and its gradient with respect to x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_ext import kernels
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import Packed
+
+LIB = torch.library.Library("w4a16", "FRAGMENT")
+
+# -- schema ------------------------------------------------------------------------------------------------------------------------------
+# x [..., K] float16 | bfloat16 | float32; qweight, scales, zeros, order: the layout of `kernel` (for "cpu" and "reference" the canonical
+# form, see formats.PackedInt4); bias [N]; out_features = N. Returns [..., N] in x's dtype, accumulated in float32, rounded once.
+LIB.define(
+    "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, "
+    'int out_features, int group_size, str kernel="reference") -> Tensor',
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+)
+# grad [..., N] -> [..., K]: grad @ W. The codes get no gradient.
+LIB.define(
+    "linear_grad_x(Tensor grad, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? order, "
+    'int in_features, int group_size, str kernel="reference") -> Tensor',
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+)
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> None:
+    """The op's door: every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed."""
+
+    def require(ok: Any, message: Callable[[], str]) -> None:
+        if ok is not True:  # a plain True costs nothing; False raises and a SymBool becomes a guard
+            torch._check(ok, lambda: f"w4a16::linear: {message()}")
+
+    qweight, scales, zeros, order = packed
+    require(x.dtype in _DTYPES, lambda: f"x must be float16, bfloat16 or float32, it is {x.dtype}.")
+    require(x.dim() >= 1, lambda: "x must have at least one dimension, it is a scalar.")
+    require(group_size > 0, lambda: f"group_size must be positive, it is {group_size}.")
+    require(not qweight.dtype.is_floating_point, lambda: f"qweight must hold integers, it is {qweight.dtype}.")
+    require(scales.dtype in _DTYPES, lambda: f"scales must be float16, bfloat16 or float32, they are {scales.dtype}.")
+    K = x.shape[-1]
+    require(qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(qweight)}.")
+    require(K == 8 * qweight.shape[1], lambda: f"x has K={K}, qweight {_of(qweight)} has K={8 * qweight.shape[1]}.")
+    require(qweight.shape[0] == N, lambda: f"qweight {_of(qweight)} has {qweight.shape[0]} rows, out_features is {N}.")
+    require(K % group_size == 0, lambda: f"group_size {group_size} does not divide K={K}.")
+    groups = (N, K // group_size)
+    require(scales.dim() == 2 and tuple(scales.shape) == groups, lambda: f"scales must be {list(groups)}, they are {_of(scales)}.")
+    if zeros is not None:
+        require(zeros.dtype in (torch.uint8, *_DTYPES), lambda: f"zeros must be uint8 or floating point, they are {zeros.dtype}.")
+        require(zeros.dim() == 2 and tuple(zeros.shape) == groups, lambda: f"zeros must be {list(groups)}, they are {_of(zeros)}.")
+    if order is not None:
+        require(order.dtype == torch.int32, lambda: f"order must be int32, it is {order.dtype}.")
+        require(order.dim() == 1 and order.shape[0] == K, lambda: f"order must be [{K}], it is {_of(order)}.")
+    if bias is not None:
+        require(bias.dim() == 1 and bias.shape[0] == N, lambda: f"bias must be [{N}], it is {_of(bias)}.")
+        require(bias.dtype == x.dtype, lambda: f"bias must have x's dtype {x.dtype}, it is {bias.dtype}.")
+    for name, t in zip(("qweight", "scales", "zeros", "order", "bias"), (*packed, bias), strict=True):
+        if t is not None:
+            require(t.device == x.device, lambda name=name, t=t: f"{name} is on {t.device}, x is on {x.device}.")
+            require(t.is_contiguous(), lambda name=name, t=t: f"{name} must be contiguous, it has strides {list(t.stride())}.")
+
+
+def _of(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+# -- fake --------------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("w4a16::linear", lib=LIB)
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kernel: str = "reference",
+) -> Tensor:
+    check(x, Packed(qweight, scales, zeros, order), bias, out_features, group_size)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("w4a16::linear_grad_x", lib=LIB)
+def _(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    in_features: int,
+    group_size: int,
+    kernel: str = "reference",
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+# -- implementation ----------------------------------------------------------------------------------------------------------------------
+
+
+def _linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    kernel: str = "reference",
+) -> Tensor:
+    packed = Packed(qweight, scales, zeros, order)
+    check(x, packed, bias, out_features, group_size)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = kernels.load(kernel).run(rows, packed, bias, group_size)
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _linear_grad_x(
+    grad: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    in_features: int,
+    group_size: int,
+    kernel: str = "reference",
+) -> Tensor:
+    weight: PackedInt4 = kernels.load(kernel).unpack(Packed(qweight, scales, zeros, order))
+    rows = grad.reshape(-1, grad.shape[-1]).float()
+    out = torch.zeros(rows.shape[0], in_features, dtype=torch.float32, device=grad.device)
+    for start in range(0, weight.N, step := max(1, (1 << 20) // weight.K)):
+        out.addmm_(rows[:, start : start + step], weight.rows(start, start + step).dequantize())
+    return out.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+LIB.impl("linear", _linear, "CompositeExplicitAutograd")
+LIB.impl("linear_grad_x", _linear_grad_x, "CompositeExplicitAutograd")
+
+# -- autograd ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scales, zeros, order, bias, _, ctx.group_size, ctx.kernel = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.bias_ndim = None if bias is None else x.dim() - 1
+    ctx.save_for_backward(qweight, scales, zeros, order)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.w4a16.linear_grad_x(grad, *ctx.saved_tensors, ctx.in_features, ctx.group_size, ctx.kernel)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad if ctx.bias_ndim == 0 else grad.sum(dim=list(range(ctx.bias_ndim)))
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd("w4a16::linear", _backward, setup_context=_save, lib=LIB)
+
+linear = torch.ops.w4a16.linear.default

@@ -1,0 +1,46 @@
+"""``torch.compile(model, backend="w4a16", options=...)``: our own keys, apart from Inductor's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from inductor_ext import kernels
+
+PREFIX = "w4a16."
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    kernel: str | None = None
+    """Use this kernel and no other; an error where it cannot."""
+    strict: bool = False
+    """Raise if a matmul whose weight is int4 is left alone."""
+
+
+def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options, and the rest for Inductor. Raises ValueError or TypeError for an unknown ``w4a16.`` key or a value of the wrong type."""
+    own: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        (own if key.startswith(PREFIX) else rest)[key.removeprefix(PREFIX)] = value
+    known = {field.name: field for field in dataclasses.fields(Options)}
+    for name, value in own.items():
+        if name not in known:
+            listed = ", ".join(PREFIX + k for k in known)
+            raise ValueError(f"There is no option {PREFIX + name!r}; the options of this backend are {listed}.")
+        allowed = (str, type(None)) if name == "kernel" else (bool,)
+        if not isinstance(value, allowed):
+            raise TypeError(f"Option {PREFIX + name!r} is {value!r}; a {allowed[0].__name__} is needed.")
+    if own.get("kernel") is not None:
+        kernels.load(own["kernel"])
+    return Options(**own), rest
+
+
+def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's config patches for ``mode=`` and ``options=``: made and checked by the class behind ``backend="inductor"``."""
+    config: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), dynamic=None).config  # type: ignore[no-untyped-call]
+    return config

@@ -1,0 +1,71 @@
+"""The same rewriting as one Inductor pass, for graphs that do not come through our backend: export, AOTInductor, freezing.
+
+    aoti_compile_and_package(exported, inductor_configs={"joint_custom_pre_pass": W4A16Pass()})
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import _disable_current_modes
+
+import inductor_ext
+from inductor_ext.capture import ConstantSite
+from inductor_ext.options import Options
+from inductor_ext.report import Report
+from inductor_ext.rewrite import rewrite
+
+_SLOT = "joint_custom_pre_pass"
+
+
+class W4A16Pass(CustomGraphPass):
+    """Rewrites int4 matmuls whose weights are attributes of the graph; ``then`` is another pass for the same place, run afterwards.
+
+    Weights that are inputs of the graph are left alone: a compiled graph can be found in a cache and used with other inputs, for which nothing
+    would have been proved.
+    """
+
+    def __init__(self, options: Options = Options(), then: Any = None) -> None:
+        self.options, self.then = options, then
+
+    def __call__(self, graph: fx.Graph) -> None:
+        with _disable_current_modes(), torch.no_grad():
+            rewrite(ConstantSite(graph), self.options, Report())
+        if self.then is not None:
+            self.then(graph)
+
+    def uuid(self) -> Any | None:
+        """Changes with every file of this package, every option, and the pass behind; None (no caching) if that one has no uuid."""
+        if self.then is None:
+            return (_sources(), repr(self.options))
+        behind = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
+        return None if behind is None else (_sources(), repr(self.options), behind)
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of everything that can change a rewrite: the package's files (patterns and the compiled kernels among them) and its version."""
+    import inductor_ext.patterns
+
+    roots = {Path(p) for package in (inductor_ext, inductor_ext.patterns) for p in package.__path__}
+    files = sorted((path.name, path) for root in roots for path in root.rglob("*") if path.suffix in (".py", ".so"))
+    digest = hashlib.sha256(inductor_ext.__version__.encode())
+    for name, path in files:
+        digest.update(name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def with_pass(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """The config with our pass in its place, and before it whatever pass the user has configured there."""
+    theirs = config.get(_SLOT, getattr(torch._inductor.config, _SLOT))
+    if isinstance(theirs, W4A16Pass):
+        return dict(config)
+    return {**config, _SLOT: W4A16Pass(options, theirs)}

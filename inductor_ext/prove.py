@@ -1,0 +1,109 @@
+"""The proof: the cone's value on the real stored tensors against the canonical form's, element by element.
+
+Equal means equal bits under one of the rounding orders below, which are how people write ``(q - z) * s``. Under an order we have not met it
+means: within each element's own rounding bound for the cone's dtype, and only where that bound is a small fraction of one code step, so that
+codes and zeros are exact all the same. NaN equals NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.patterns.cone import Program
+from inductor_ext.patterns.reading import NotCanonical, Reading
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class NotProved(Exception):
+    """Why the canonical form is not this weight. The message is a sentence."""
+
+
+Order = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
+"""(codes, zeros, scales, dtype of the weight) -> weight; codes are float32, and everything broadcasts."""
+
+ORDERS: dict[str, Order] = {
+    "(q - z) * s": lambda q, z, s, dt: (q - z).to(dt) * s.to(dt),
+    "(q - z) * s, then cast": lambda q, z, s, dt: ((q - z) * s.float()).to(dt),
+    "(q - z) * s in the scale's dtype, then cast": lambda q, z, s, dt: ((q - z).to(s.dtype) * s).to(dt),
+    "q * s - z * s": lambda q, z, s, dt: q.to(dt) * s.to(dt) - z.to(dt) * s.to(dt),
+    "q * s - z * s, then cast": lambda q, z, s, dt: (q * s.float() - z * s.float()).to(dt),
+    "q * s - z * s, fused": lambda q, z, s, dt: (q.double() * s.to(dt).double() - (z.to(dt) * s.to(dt)).double()).to(dt),
+}
+
+
+def prove(program: Program, values: Sequence[Tensor], reading: Reading) -> tuple[PackedInt4, str]:
+    """The canonical form of the real stored tensors, and in words how it was proved equal to the cone. Raises NotProved."""
+    with torch.no_grad():
+        try:
+            canonical = reading.canonical(values)
+        except NotCanonical as error:
+            raise NotProved(str(error)) from None
+        weight = program.run(values)
+        if tuple(weight.shape) != (reading.N, reading.K):
+            raise NotProved(f"it is {list(weight.shape)}, not [{reading.N}, {reading.K}]")
+        return canonical, _compare(weight, canonical)
+
+
+def _compare(weight: Tensor, canonical: PackedInt4) -> str:
+    blocks = list(_blocks(weight, canonical))
+    for name, order in ORDERS.items():  # a wrong order fails in the first block
+        if all(_same(_value(block, order, rows.dtype), rows) for rows, block in blocks):
+            how = f"bit-equal, {name}"
+            break
+    else:
+        if not all(_within_bound(rows, block) for rows, block in blocks):
+            raise NotProved(_first_difference(weight, canonical))
+        how = "each element within its own rounding bound"
+    return f"{how} in {str(weight.dtype).removeprefix('torch.')}, {weight.numel()} elements"
+
+
+def _blocks(weight: Tensor, canonical: PackedInt4) -> Iterator[tuple[Tensor, PackedInt4]]:
+    step = max(1, _BLOCK_ELEMENTS // canonical.K)
+    for start in range(0, canonical.N, step):
+        yield weight[start : start + step], canonical.rows(start, start + step)
+
+
+def _parts(block: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
+    codes = block.stored_codes().view(block.N, -1, block.group_size).float()
+    zeros = torch.tensor(8.0, device=codes.device) if block.zeros is None else block.zeros.float().unsqueeze(-1)
+    return codes, zeros, block.scales.unsqueeze(-1)
+
+
+def _value(block: PackedInt4, order: Order, dtype: torch.dtype) -> Tensor:
+    codes, zeros, scales = _parts(block)
+    return block.logical(order(codes, zeros, scales, dtype).reshape(block.N, block.K))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and (torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+def _within_bound(rows: Tensor, block: PackedInt4) -> bool:
+    """|W - (q - z) s| <= u (|q s| + 2 |z s| + 2 |(q - z) s|), u being half a unit in the last place; and that is under a quarter step."""
+    codes, zeros, scales = (t.double() for t in _parts(block))
+    exact = (codes - zeros) * scales
+    unit = torch.finfo(rows.dtype).eps / 2
+    bound = 1.01 * unit * ((codes * scales).abs() + 2 * (zeros * scales).abs() + 2 * exact.abs()) + torch.finfo(rows.dtype).tiny
+    error = (rows.double() - block.logical(exact.reshape(rows.shape))).abs()
+    fine = block.logical((bound <= scales.abs() / 4).reshape(rows.shape)) & (error <= block.logical(bound.reshape(rows.shape)))
+    return bool((fine | (rows == 0) & (error == 0)).all())
+
+
+def _first_difference(weight: Tensor, canonical: PackedInt4) -> str:
+    for start, (rows, block) in enumerate(_blocks(weight, canonical)):
+        exact = block.dequantize(torch.float64)
+        error = (rows.double() - exact).abs().nan_to_num(torch.inf)
+        limit = 4 * torch.finfo(rows.dtype).eps * exact.abs()
+        if bool((error > limit).any()):
+            n, k = divmod(int((error - limit).argmax()), canonical.K)
+            first = start * max(1, _BLOCK_ELEMENTS // canonical.K)
+            return (
+                f"on the real weights element ({first + n}, {k}) is {float(rows[n, k]):g}"
+                f" where codes, scales and zeros give {float(exact[n, k]):g}"
+            )
+    return "on the real weights its rounding follows no order that is known and exceeds the bound of its dtype"

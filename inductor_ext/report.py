@@ -1,0 +1,65 @@
+"""The report: what was rewritten and by which proof, and what was left alone and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    where: str
+    """The module path, or the node's name where there is none."""
+    op: str
+    kernel: str
+    problem: str
+    proof: str
+    passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Kernels of higher priority -> why they were not chosen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    where: str
+    reason: str
+    """A sentence."""
+
+
+@dataclasses.dataclass
+class Report:
+    """``rewritten`` and ``left_alone`` are in graph order, over all graphs captured. Matmuls of dense weights are in neither."""
+
+    rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
+    left_alone: list[LeftAlone] = dataclasses.field(default_factory=list)
+    graphs: int = 0
+
+    def __str__(self) -> str:
+        total = len(self.rewritten) + len(self.left_alone)
+        head = f"{len(self.rewritten)} of {total} int4 matmuls rewritten, in {self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        parts = [head]
+        if self.rewritten:
+            rows = [(r.where, r.op, r.kernel, r.problem, r.proof) for r in self.rewritten]
+            parts.append(_table(("where", "op", "kernel", "problem", "proof"), rows))
+        if self.left_alone:
+            parts.append(_table(("left alone", "reason"), [(a.where, a.reason) for a in self.left_alone]))
+        return "\n\n".join(parts)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    line = "  ".join("-" * w for w in widths)
+    body = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
+    return "\n".join((body[0], line, *body[1:]))
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """What ``torch.compile(model, backend="w4a16")`` would rewrite when called with these inputs. Nothing is compiled by Inductor.
+
+    ``model`` may also be a plain function. The model is run once, eagerly, graph by graph, so it may have side effects (a cache filled).
+    """
+    from inductor_ext.backend import explaining
+
+    return explaining(model, args, kwargs)

@@ -1,0 +1,279 @@
+"""Rewriting a graph: for each anchor recognise, prove, choose a kernel; then put one op in the place of each proved matmul."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from inductor_ext import oracle, prove, weights
+from inductor_ext.capture import Site
+from inductor_ext.kernels import Problem
+from inductor_ext.ops import linear
+from inductor_ext.options import Options
+from inductor_ext.patterns.anchors import Anchor, anchors, meta, swapped
+from inductor_ext.patterns.cone import Cone, NotACone, Program, cone, is_write, stored_integers
+from inductor_ext.patterns.opaque import already_fused
+from inductor_ext.patterns.reading import Reading
+from inductor_ext.patterns.recognise import NotRecognised, recognise
+from inductor_ext.report import LeftAlone, Report, Rewritten
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Of activations, as the op takes them."""
+_VERDICTS: dict[str, Reading | str] = {}
+"""Cone signature -> its reading, or why it has none."""
+log = logging.getLogger("inductor_ext.rewrite")
+Subclass = Callable[[Anchor, Tensor], tuple[Cone, list[tuple[str, ...]]]]
+"""Reads a tensor subclass: the cone inside it, and where it keeps each of the cone's leaves."""
+
+
+class Strict(Exception):
+    """Raised under ``w4a16.strict`` when a matmul with an int4 weight is left alone."""
+
+
+class _Refused(Exception):
+    """Why one anchor is left alone. The message is a sentence."""
+
+
+@dataclasses.dataclass
+class Proved:
+    """An anchor that can be rewritten."""
+
+    anchor: Anchor
+    cone: Cone
+    inside: bool
+    """The cone is inside a tensor subclass, not in the graph."""
+    parts: list[tuple[str, ...]]
+    """Then, where each leaf is found in the subclass."""
+    sources: list[Tensor]
+    """The stored tensors, one a leaf of the cone."""
+    recipe: weights.Recipe
+    entry: weights.Entry
+    kernel: str
+    rewritten: Rewritten
+
+
+def rewrite(site: Site, options: Options, report: Report, subclass: Subclass | None = None) -> list[Proved]:
+    """Rewrites the site's graph in place and adds to the report. Returns what was rewritten, with op nodes in graph order.
+
+    Raises oracle.NoKernel if a forced kernel cannot do a problem, and Strict.
+    """
+    proved: list[Proved] = []
+    left: list[LeftAlone] = []
+    for node in site.graph.nodes:
+        if (reason := already_fused(node)) is not None:
+            left.append(LeftAlone(where(node), reason))
+    for anchor in anchors(site.graph):
+        try:
+            found = _examine(site, anchor, options, subclass)
+        except _Refused as refusal:
+            left.append(LeftAlone(where(anchor.node), _sentence(str(refusal))))
+        else:
+            proved += [found] if found is not None else []
+    proved = _without_shared(proved, left)
+    for p in proved:
+        _replace(site, p)
+    _erase(site.graph, proved)
+    report.rewritten += [p.rewritten for p in proved]
+    report.left_alone += left
+    report.graphs += 1
+    for alone in left:
+        log.warning("%s is left alone: %s", alone.where, alone.reason)
+    log.info("%d of %d int4 matmuls rewritten", len(proved), len(proved) + len(left))
+    if options.strict and left:
+        raise Strict("w4a16.strict: " + "; ".join(f"{a.where} is left alone: {a.reason}" for a in left))
+    return proved
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def where(node: fx.Node) -> str:
+    """The path of the innermost module that a node comes from, else its own name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(next(reversed(stack.values()))[0]) if stack else ""
+    for prefix in ("L['self']", "L['fn']", "L__self__"):
+        path = path.removeprefix(prefix)
+    path = path.replace("._modules['", ".").replace("']", "").replace("_modules.", "").strip("._")
+    return path or node.name
+
+
+# -- one anchor --------------------------------------------------------------------------------------------------------------------------
+
+
+def _examine(
+    site: Site, anchor: Anchor, options: Options, subclass: Subclass | None
+) -> Proved | None:
+    """The anchor, proved; None if its weight does not come from integer storage. Raises _Refused."""
+    weight = site.stored(anchor.weight) if anchor.weight.op in ("placeholder", "get_attr") else None
+    inside = subclass is not None and weight is not None and is_traceable_wrapper_subclass(weight)
+    parts: list[tuple[str, ...]] = []
+    try:
+        if inside:
+            assert subclass is not None and weight is not None
+            if all(t.dtype.is_floating_point for t in weights.stored_tensors(weight)):
+                return None
+            found, parts = subclass(anchor, weight)
+            sources = [weights.part(weight, path) for path in parts]
+        else:
+            if not _speaks_of(site, anchor):
+                return None
+            found = cone(anchor, site.why_not_stored)
+            sources = [t for leaf in found.leaves if (t := site.stored(leaf)) is not None]
+    except NotACone as error:
+        raise _Refused(str(error)) from None
+    N, K = anchor.size
+    dtype = _dtype(anchor)
+    recipe, entry = _proof(found.program, found.program.signature(sources), sources, N, K)
+    device, kind = sources[0].device, entry.kind
+    problem = Problem(
+        op="linear",
+        device=device.type,
+        arch=oracle.arch(device),
+        dtype=dtype,
+        scale_dtype=kind.scale_dtype,
+        N=N,
+        K=K,
+        group_size=K // recipe.reading.groups,
+        zeros=kind.zeros,
+        order=kind.permuted,
+        bias=anchor.bias is not None,
+    )
+    try:
+        choice = oracle.choose(problem, options.kernel)
+    except oracle.NoKernel as error:
+        if options.kernel is not None:
+            raise
+        raise _Refused(str(error)) from None
+    told = Rewritten(where(anchor.node), "w4a16::linear", choice.kernel, str(problem), entry.proof, choice.passed_over)
+    return Proved(anchor, found, inside, parts, sources, recipe, entry, choice.kernel, told)
+
+
+def _speaks_of(site: Site, anchor: Anchor) -> bool:
+    """Whether this is a matmul with a weight from integer storage. Raises _Refused if that weight is the left operand."""
+
+    def value(node: fx.Node) -> Any:
+        return stored if (stored := site.stored(node)) is not None else meta(node)
+
+    if stored_integers(anchor.weight, value):
+        return True
+    left = swapped(anchor)
+    if left is not None and stored_integers(left, value):
+        try:
+            cone(dataclasses.replace(anchor, x=anchor.weight, weight=left), site.why_not_stored)
+        except NotACone:
+            return False
+        raise _Refused("the weight is the left operand of this matmul; x @ W^T is what is rewritten")
+    return False
+
+
+def _dtype(anchor: Anchor) -> torch.dtype:
+    """The dtype in which the op computes: what the anchor gives, which under autocast is not what x has."""
+    dtype: torch.dtype = meta(anchor.node).dtype
+    if dtype not in _DTYPES:
+        raise _Refused(f"its activations are {dtype}; float16, bfloat16 and float32 are what the op takes")
+    return dtype
+
+
+def _proof(program: Program, signature: str, sources: Sequence[Tensor], N: int, K: int) -> tuple[weights.Recipe, weights.Entry]:
+    known = signature in _VERDICTS
+    reading = _verdict(program, signature, sources, N, K)
+    recipe = weights.Recipe(program, reading, f"{signature} {reading!r}")
+    try:
+        return recipe, weights.entry(recipe, sources)
+    except prove.NotProved as error:
+        if not known:
+            raise _Refused(str(error)) from None
+    # The verdict came from a sibling whose stored tensors allowed another reading (a g_idx that sorts nothing): read this one itself.
+    del _VERDICTS[signature]
+    return _proof(program, signature, sources, N, K)
+
+
+def _verdict(program: Program, signature: str, sources: Sequence[Tensor], N: int, K: int) -> Reading:
+    if signature not in _VERDICTS:
+        try:
+            _VERDICTS[signature] = recognise(program, sources, N, K)
+        except NotRecognised as error:
+            _VERDICTS[signature] = str(error)
+        except Exception as error:  # the cone is the user's code, run on values it was not written for
+            log.debug("probing failed", exc_info=True)
+            _VERDICTS[signature] = f"its computation fails on probe values ({type(error).__name__}: {error})"
+    verdict = _VERDICTS[signature]
+    if isinstance(verdict, str):
+        raise _Refused(verdict)
+    return verdict
+
+
+# -- the graph ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _without_shared(proved: list[Proved], left: list[LeftAlone]) -> list[Proved]:
+    """Leaves alone what would not save the dequantisation: a weight-sized intermediate with a user that stays in the graph."""
+    while True:
+        gone = {p.anchor.node for p in proved}
+        inside = {node for p in proved if not p.inside for node in p.cone.nodes}
+        for p in proved:
+            user = None if p.inside else _stays(p, gone, inside)
+            if user is not None:
+                reason = f"its dequantised weight is also used by {user.name}, for which it would be computed all the same"
+                left.append(LeftAlone(p.rewritten.where, _sentence(reason)))
+                proved = [other for other in proved if other is not p]
+                break
+        else:
+            return proved
+
+
+def _stays(p: Proved, gone: set[fx.Node], inside: set[fx.Node]) -> fx.Node | None:
+    for node in p.cone.nodes:
+        value = meta(node)
+        if not isinstance(value, Tensor) or value.numel() >= p.recipe.reading.N * p.recipe.reading.K:
+            for user in node.users:
+                if user not in gone and user not in inside and (user.users or user.op == "output"):
+                    return user
+    return None
+
+
+def _replace(site: Site, p: Proved) -> None:
+    """Puts the op in the anchor's place. Casts what autocast would have cast."""
+    node = p.anchor.node
+    packed = site.attach(p.entry.pack(p.kernel, p.sources))
+    dtype, reading = meta(node).dtype, p.recipe.reading
+    with site.graph.inserting_before(node):
+        x, bias = (_cast(site.graph, n, dtype) for n in (p.anchor.x, p.anchor.bias))
+        assert x is not None
+        new = site.graph.call_function(linear, (x, *packed, bias, reading.N, reading.K // reading.groups, p.kernel))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    site.graph.erase_node(node)
+
+
+def _cast(graph: fx.Graph, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
+    if node is None or meta(node).dtype == dtype:
+        return node
+    new = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+    new.meta = {key: value.to(dtype) if key in ("example_value", "val") else value for key, value in node.meta.items()}
+    return new
+
+
+def _erase(graph: fx.Graph, proved: list[Proved]) -> None:
+    """Removes the cones, but for what the rest of the graph still reads."""
+    nodes = {node for p in proved if not p.inside for node in p.cone.nodes}
+    order = [node for node in graph.nodes if node in nodes]
+    kept = True
+    while kept:
+        kept = False
+        for node in order:
+            # A write stays with the tensor that it writes into; that tensor is an input of it, so look both ways.
+            partners = [*node.users, *(n for n in node.all_input_nodes if is_write(node))]
+            if node in nodes and any(n not in nodes and n.op != "placeholder" for n in partners):
+                nodes.discard(node)
+                kept = True
+    for node in reversed(order):
+        if node in nodes:
+            graph.erase_node(node)

@@ -1,0 +1,213 @@
+"""Cones: everything in a graph that computes one weight operand, down to its stored tensors.
+
+    qweight  shifts  scales          leaves: parameters, buffers, constants
+        \\     /        |
+      codes -> ... -> (q - z) * s     nodes: pure functions, and in-place writes into tensors made inside the cone
+                        |
+                   weight operand
+
+A cone is run to be read and to be proved, so it must give the same value every time, from its leaves alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from inductor_ext.patterns.anchors import Anchor, meta, read_anchor
+
+_LIMIT = 512
+"""Nodes in a cone. Real dequantisations have 5 to 60."""
+
+
+class NotACone(Exception):
+    """Why the computation of a weight operand cannot be taken out of the graph. The message is a sentence."""
+
+
+class Program:
+    """What a cone computes, free of the graph it was found in: [N, K] from its leaves' tensors."""
+
+    def __init__(self, out: fx.Node, nodes: Sequence[fx.Node], leaves: Sequence[fx.Node], kn: bool) -> None:
+        graph = fx.Graph()
+        copies = {leaf: graph.placeholder(f"leaf_{i}") for i, leaf in enumerate(leaves)}
+        for node in nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {}
+        graph.output(copies[out])
+        names = {node: i for i, node in enumerate((*leaves, *nodes))}
+        lines = [f"{_target(node)} {fx.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))!r}" for node in nodes]  # type: ignore[arg-type, return-value]
+        self._structure = "\n".join((*lines, f"{names[out]} {kn}"))
+        self._module, self._kn = fx.GraphModule({}, graph), kn
+
+    def run(self, values: Sequence[Tensor]) -> Tensor:
+        """The weight [N, K] for these leaf values, which are not written to."""
+        with _disable_current_modes(), torch.no_grad():
+            weight = self._module(*values)
+        weight = weight.reshape(weight.shape[-2:])
+        return weight.t() if self._kn else weight
+
+    def signature(self, values: Sequence[Tensor]) -> str:
+        """A hash of what is computed: the operations and constants, and the leaves' shapes and dtypes.
+
+        Small integer leaves (tables of shifts) enter with their values: reading a cone does not vary them.
+        """
+        leaves = (f"{v.dtype} {tuple(v.shape)} {v.device.type} {_table(v)}" for v in values)
+        return hashlib.sha256("\n".join((*leaves, self._structure)).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cone:
+    """The nodes (in graph order) and leaves behind an anchor's weight operand."""
+
+    nodes: tuple[fx.Node, ...]
+    leaves: tuple[fx.Node, ...]
+    program: Program
+
+
+class _Name:
+    """Stands for a node in the printed arguments."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return f"%{self.index}"
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return f"{node.op} {node.target}"
+    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)} {node.target}"
+
+
+def _table(value: Tensor) -> str:
+    return repr(value.tolist()) if value.numel() <= 64 and not value.is_floating_point() else ""
+
+
+def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
+    """The cone of an anchor's weight. ``why_not_leaf`` says of a placeholder or get_attr why its value is none to rely on, or None.
+
+    Raises NotACone with the reason: an activation takes part, a stored tensor is written to, a random or unknown operation, ...
+    """
+    inside: set[fx.Node] = set()
+    at_leaves: set[fx.Node] = set()
+    position = {node: i for i, node in enumerate(anchor.node.graph.nodes)}
+    todo = [anchor.weight]
+    while todo:
+        node = todo.pop()
+        if node in inside or node in at_leaves:
+            continue
+        writes = [write for write in _writes(node) if position[write] < position[anchor.node]]
+        if node.op in ("placeholder", "get_attr"):
+            if (reason := why_not_leaf(node)) is not None:
+                raise NotACone(reason)
+            if writes:
+                raise NotACone(f"the stored tensor {node.name} is written to in the graph")
+            at_leaves.add(node)
+            continue
+        if (reason := _why_not_inside(node)) is not None:
+            raise NotACone(reason)
+        inside.add(node)
+        if len(inside) > _LIMIT:
+            raise NotACone(f"its computation has more than {_LIMIT} operations")
+        todo += [*node.all_input_nodes, *writes]
+    nodes = tuple(sorted(inside, key=position.__getitem__))
+    leaves = tuple(sorted(at_leaves, key=position.__getitem__))
+    return Cone(nodes, leaves, Program(anchor.weight, nodes, leaves, anchor.kn))
+
+
+def _why_not_inside(node: fx.Node) -> str | None:
+    if node.op not in ("call_function", "call_method"):
+        return f"the operation {node.name} ({node.op}) takes part in its computation"
+    if read_anchor(node) is not None:
+        return f"a matmul ({node.name}) takes part in its computation"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"a higher-order operation ({node.name}) takes part in its computation"
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags or _name(node) in _RANDOM:
+        return f"a random operation ({node.name}) takes part in its computation"
+    return None
+
+
+_RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli", "multinomial", "normal", "dropout"}
+_WRITES = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ixor,
+           operator.ilshift, operator.irshift, operator.ifloordiv}  # fmt: skip
+_VIEWS = {"view", "reshape", "getitem", "narrow", "select", "slice", "t", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unbind",
+          "split", "chunk", "expand", "view_as", "movedim", "unflatten", "T", "getattr", "swapaxes", "swapdims", "mT", "detach", "data"}  # fmt: skip
+
+
+def _name(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", ""))
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether a node writes into one of its arguments."""
+    return bool(_written(node))
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node writes into."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        values = [*zip(schema, node.args, strict=False), *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs)]
+        written = [value for a, value in values if a.alias_info is not None and a.alias_info.is_write]
+    else:
+        name = "" if getattr(node.target, "__module__", "") == "_operator" else _name(node)  # operator.and_ writes nothing
+        in_place = node.target in _WRITES or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+        written = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
+    return [n for n in written if isinstance(n, fx.Node)]
+
+
+def _writes(node: fx.Node) -> Iterable[fx.Node]:
+    """The in-place writes into a node's tensor, directly or through views of it."""
+    todo, seen = [node], {node}
+    while todo:
+        alias = todo.pop()
+        for user in alias.users:
+            if user in seen:
+                continue
+            written = alias in _written(user)
+            if written:
+                yield user
+            if written or _name(user) in _VIEWS:
+                seen.add(user)
+                todo.append(user)
+
+
+def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.Node]:
+    """The integer placeholders and constants behind a weight operand that are large enough to be its codes; looks no further than matmuls.
+
+    This decides whether a matmul is one whose weight comes from integer storage, and so is spoken of at all. ``value`` gives a leaf's tensor,
+    real or fake.
+    """
+    weight = meta(out)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return []
+    elements = weight.shape[-1] * weight.shape[-2]
+    found: list[fx.Node] = []
+    seen, todo = {out}, [out]
+    while todo and len(seen) < _LIMIT:
+        node = todo.pop()
+        if node.op in ("placeholder", "get_attr"):
+            leaf = value(node)
+            if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8:
+                found.append(node)
+        elif node is out or read_anchor(node) is None:
+            todo += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
+    return found
+
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}

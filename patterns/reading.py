@@ -1,0 +1,178 @@
+"""Readings: which stored tensor holds what of a weight, and where. Plain data; ``canonical`` turns stored tensors into the canonical form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import BIT_ORDERS, CODE_BOOKS, SEQUENTIAL, ZERO_CONVENTIONS, BitOrder, PackedInt4, nibbles_per_word
+
+
+class NotCanonical(Exception):
+    """Why stored values have no canonical form, though their layout is known. The message is a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Where an [N, cols] matrix stands in a leaf: cols is K for codes, the number of groups for scales and zeros."""
+
+    leaf: int
+    transposed: bool
+    """Stored as [cols, N]."""
+    order: BitOrder | None = None
+    """How words hold 4-bit values; None: a value an element."""
+    dim: int = 1
+    """The packed dimension of the stored matrix."""
+    broadcast: bool = False
+    """One value for the whole matrix."""
+
+    def _stored(self, N: int, cols: int) -> tuple[int, int]:
+        """The stored matrix's shape in values. A packed dimension may be padded up to whole words."""
+        shape = [cols, N] if self.transposed else [N, cols]
+        if self.order is not None and self.order.block == 0:
+            shape[self.dim] += -shape[self.dim] % len(self.order.order)
+        return shape[0], shape[1]
+
+    def fits(self, leaf: Tensor, N: int, cols: int) -> bool:
+        rows, columns = self._stored(N, cols)
+        if self.order is None:
+            return leaf.numel() == (1 if self.broadcast else rows * columns)
+        whole = self.order.fits((rows, columns)[self.dim]) and nibbles_per_word(leaf.dtype) == len(self.order.order)
+        return whole and leaf.numel() * len(self.order.order) == rows * columns
+
+    def read(self, leaf: Tensor, N: int, cols: int) -> Tensor:
+        """[N, cols]: uint8 nibbles if packed, else the leaf's own values, as a view where that is possible."""
+        rows, columns = self._stored(N, cols)
+        if self.broadcast:
+            return leaf.reshape(1, 1).expand(N, cols)
+        if self.order is None:
+            stored = leaf.reshape(rows, columns)
+        else:
+            stored = self.order.unpack(leaf, self.dim, rows, columns)
+        return stored.t()[:N, :cols] if self.transposed else stored[:N, :cols]
+
+    def sample(self, leaf: Tensor, N: int, cols: int, n: Tensor, c: Tensor) -> Tensor:
+        """The values at positions (n[i], c[i]) alone."""
+        rows, columns = self._stored(N, cols)
+        r, c = (c, n) if self.transposed else (n, c)
+        if self.broadcast:
+            return leaf.reshape(-1).expand(n.numel())
+        if self.order is None:
+            return leaf.reshape(-1)[r * columns + c]
+        return self.order.gather(leaf, self.dim, rows, columns, r, c)
+
+
+def matrices(leaf: int, value: Tensor, N: int, cols: int) -> Iterator[Matrix]:
+    """Every layout in which this leaf could hold an [N, cols] matrix, likelier ones first."""
+    packed = BIT_ORDERS.get(value.dtype, ())
+    candidates = [Matrix(leaf, transposed, order, dim) for order in packed for transposed in (False, True) for dim in (1, 0)]
+    candidates += [Matrix(leaf, False), Matrix(leaf, True), Matrix(leaf, False, broadcast=True)]
+    yield from (m for m in candidates if m.fits(value, N, cols))
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    matrix: Matrix
+    book: str
+    """A name in CODE_BOOKS: what a stored nibble means."""
+    low: int
+    """Of codes stored one an integer: the value that stands for nibble 0."""
+
+    def read(self, leaf: Tensor, N: int, K: int) -> Tensor:
+        """uint8 [N, K] in 0..15. Raises NotCanonical if the integers do not fit 4 bits."""
+        raw = self.matrix.read(leaf, N, K)
+        if self.matrix.order is None:
+            lowest, highest = (int(v) for v in raw.aminmax())
+            if lowest < self.low or highest > self.low + 15:
+                raise NotCanonical(f"its stored integers go from {lowest} to {highest}, which is beyond 4 bits")
+            raw = (raw - self.low).to(torch.uint8)
+        return raw if self.book == "offset binary" else _look_up(CODE_BOOKS[self.book], raw)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """The zero of a group: a constant; base + table[nibble]; base + sign * value; or base + sign * value / scale (an added shift)."""
+
+    base: int
+    matrix: Matrix | None = None
+    convention: str = "stored"
+    """A name in ZERO_CONVENTIONS, of packed zeros."""
+    sign: int = 1
+    shift: bool = False
+
+    def read(self, leaves: Sequence[Tensor], scales: Tensor, N: int, groups: int) -> Tensor | None:
+        """None (constant 8), uint8 [N, groups] in 0..16, or a float tensor. Raises NotCanonical for an integer outside 0..16."""
+        if self.matrix is None:
+            if self.base == 8:
+                return None
+            zeros = torch.full((N, groups), self.base, dtype=torch.int32, device=scales.device)
+        else:
+            leaf = leaves[self.matrix.leaf]
+            raw = self.matrix.read(leaf, N, groups)
+            if leaf.dtype.is_floating_point:
+                if self.base == 0 and self.sign == 1 and not self.shift:
+                    return raw
+                wide = raw.float() / scales.float() if self.shift else raw.float()
+                return self.base + self.sign * wide
+            zeros = _look_up(ZERO_CONVENTIONS[self.convention], raw) if self.matrix.order is not None else raw
+            zeros = zeros.to(torch.int32) + self.base
+        lowest, highest = (int(v) for v in zeros.aminmax())
+        if lowest < 0 or highest > 16:
+            raise NotCanonical(f"its zeros go from {lowest} to {highest}; 0 to 16 is what the canonical form holds")
+        return zeros.to(torch.uint8)
+
+
+def _look_up(table: tuple[int, ...], index: Tensor) -> Tensor:
+    return torch.tensor(table, dtype=torch.uint8, device=index.device)[index.int()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a weight [N, K] is stored in a cone's leaves."""
+
+    N: int
+    K: int
+    groups: int
+    codes: Codes
+    scales: Matrix
+    zeros: Zeros
+    index: int | None
+    """The leaf that gives each k its group (GPTQ's and compressed-tensors' g_idx), int [K]."""
+
+    def canonical(self, leaves: Sequence[Tensor]) -> PackedInt4:
+        """The canonical form of these stored tensors; parts that are canonical already are views of them. Raises NotCanonical."""
+        N, K = self.N, self.K
+        scales = self.scales.read(leaves[self.scales.leaf], N, self.groups).contiguous()
+        zeros = self.zeros.read(leaves, scales, N, self.groups)
+        zeros = None if zeros is None else zeros.contiguous()
+        perm = None if self.index is None else _by_group(leaves[self.index], self.groups)
+        leaf, codes = leaves[self.codes.matrix.leaf], self.codes
+        if perm is None and codes == Codes(Matrix(codes.matrix.leaf, False, SEQUENTIAL), "offset binary", 0) and leaf.is_contiguous():
+            return PackedInt4(leaf.detach().view(N, K // 8), scales, zeros)
+        nibbles = codes.read(leaf, N, K)
+        if perm is None:
+            return PackedInt4(SEQUENTIAL.pack(nibbles, 1), scales, zeros)
+        order = torch.empty_like(perm).scatter_(0, perm, torch.arange(K, device=perm.device)).int()
+        return PackedInt4(SEQUENTIAL.pack(nibbles.index_select(1, perm), 1), scales, zeros, order)
+
+    def __str__(self) -> str:
+        m = self.codes.matrix
+        stored = f"{'[K, N]' if m.transposed else '[N, K]'}"
+        if m.order is not None:
+            stored += f" packed along {'NK'[(m.dim == 1) != m.transposed]}, {m.order.name}"
+        zeros = f"zero {self.zeros.base}" if self.zeros.matrix is None else "stored zeros"
+        return f"{stored}, {self.codes.book}, G={self.K // self.groups}, {zeros}{', act-order' if self.index is not None else ''}"
+
+
+def _by_group(index: Tensor, groups: int) -> Tensor | None:
+    """int64 [K]: the logical k at each stored column once groups are contiguous; None if they are already."""
+    index = index.reshape(-1).long()
+    K = index.numel()
+    if bool((index == torch.arange(K, device=index.device) // (K // groups)).all()):
+        return None
+    if bool((index < 0).any()) or bool((torch.bincount(index, minlength=groups) != K // groups).any()):
+        raise NotCanonical(f"its group index gives groups of unequal size; each must have {K // groups} of the {K} columns")
+    return torch.argsort(index, stable=True)

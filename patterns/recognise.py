@@ -1,0 +1,250 @@
+"""Recognising by meaning: a cone is run on two sets of made-up stored tensors, and its answers say which of the known readings it computes.
+
+Probe 1 draws random codes and scales and keeps the zeros neutral: the scale map is the one under which W / scale is whole everywhere, the
+code map the one under which that number follows from the nibble. Probe 2 draws everything; it gives the zeros, and the reading found is then
+checked on all of it. The values drawn (few mantissa bits, small integers) make every rounding order exact down to bfloat16, so "equal" means
+equal. The layouts tried are those of the table in formats.py; which spelling computes them does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import CODE_BOOKS, ZERO_CONVENTIONS
+from inductor_ext.patterns.cone import Program
+from inductor_ext.patterns.reading import Codes, Matrix, NotCanonical, Reading, Zeros, matrices
+
+_SAMPLES = 8192
+_SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, -0.5, -0.75, -1.0, -1.5, -2.0, -3.0)
+
+
+class NotRecognised(Exception):
+    """Why a cone is no int4 weight that we know. The message is a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Which leaf is taken for what; leaves without a role (tables of shifts) keep their stored values."""
+
+    codes: int
+    scales: int
+    zeros: int | None
+    index: int | None
+    groups: int
+
+
+class Probe:
+    """A cone's program and the tensors that it is run on next."""
+
+    def __init__(self, program: Program, values: Sequence[Tensor], roles: Roles) -> None:
+        self.program, self.roles, self.values = program, roles, list(values)
+        self.random = torch.Generator().manual_seed(0x34613136)
+        self._weight: Tensor | None = None
+        if roles.index is not None:
+            index = values[roles.index]
+            balanced = torch.arange(index.numel()) % roles.groups
+            self.values[roles.index] = self._like(balanced[torch.randperm(index.numel(), generator=self.random)], index)
+
+    def _like(self, drawn: Tensor, leaf: Tensor) -> Tensor:
+        return drawn.reshape(leaf.shape).to(device=leaf.device, dtype=leaf.dtype)
+
+    def integers(self, leaf: Tensor, low: int) -> Tensor:
+        """Random words, or, for one value an element, random values low..low+15."""
+        if low is _PACKED:
+            return _random_bits(leaf, self.random)
+        return self._like(torch.randint(low, low + 16, (leaf.numel(),), generator=self.random), leaf)
+
+    def scales(self, leaf: Tensor) -> Tensor:
+        return self._like(torch.tensor(_SCALES)[torch.randint(len(_SCALES), (leaf.numel(),), generator=self.random)], leaf)
+
+    def draw(self, **leaves: Tensor) -> None:
+        """Puts these tensors in the place of the leaves with these roles."""
+        for role, value in leaves.items():
+            self.values[getattr(self.roles, role)] = value
+        self._weight = None
+
+    def weight(self) -> Tensor:
+        """float32 [N, K] for the leaves drawn; the cone is run once a draw."""
+        if self._weight is None:
+            self._weight = self.program.run(self.values).float()
+        return self._weight
+
+
+_PACKED = -(1 << 20)
+"""As a lowest value: the integers are words of packed nibbles."""
+
+
+def _random_bits(leaf: Tensor, random: torch.Generator) -> Tensor:
+    size = leaf.numel() * leaf.dtype.itemsize
+    drawn = torch.randint(0, 256, (size,), generator=random, dtype=torch.uint8)
+    return drawn.view(leaf.dtype).reshape(leaf.shape).to(leaf.device)
+
+
+def recognise(program: Program, values: Sequence[Tensor], N: int, K: int) -> Reading:
+    """The reading of a cone that computes [N, K]. ``values`` are the leaves' stored tensors, of which only shapes, dtypes, tables and integer ranges are used.
+
+    Raises NotRecognised.
+    """
+    if K % 8 or N == 0 or K == 0:
+        raise NotRecognised(f"its K={K} is no multiple of 8")
+    attempts = list(roles(values, N, K))
+    for attempt in attempts:
+        reading = _read(Probe(program, values, attempt), N, K)
+        if reading is not None:
+            return reading
+    from inductor_ext.patterns.diagnose import diagnose  # only refusals need it
+
+    raise NotRecognised(diagnose(program, values, attempts, N, K))
+
+
+def roles(values: Sequence[Tensor], N: int, K: int) -> Iterator[Roles]:
+    """The assignments of roles to leaves that sizes and value ranges allow."""
+    integers = [i for i, v in enumerate(values) if not v.dtype.is_floating_point]
+    floats = [i for i, v in enumerate(values) if v.dtype.is_floating_point]
+    for codes in (i for i in integers if any(matrices(i, values[i], N, K)) and code_range(values[i], N * K) is not None):
+        for scales in floats:
+            groups = max(1, values[scales].numel() // N)
+            if K % groups or not any(matrices(scales, values[scales], N, groups)):
+                continue
+            rest = [i for i in (*integers, *floats) if i not in (codes, scales)]
+            index = next((i for i in rest if _is_index(values[i], K, groups)), None)
+            zeros = [i for i in rest if i != index and any(matrices(i, values[i], N, groups))]
+            if set(floats) - {scales} <= set(zeros):
+                for zero in sorted(zeros, key=lambda i: -values[i].numel()):
+                    if set(floats) <= {scales, zero}:
+                        yield Roles(codes, scales, zero, index, groups)
+                if set(floats) == {scales}:
+                    yield Roles(codes, scales, None, index, groups)
+
+
+def _is_index(value: Tensor, K: int, groups: int) -> bool:
+    if value.dtype.is_floating_point or value.numel() != K or value.dim() != 1:
+        return False
+    lowest, highest = value.aminmax()
+    return int(lowest) >= 0 and int(highest) < groups
+
+
+def code_range(value: Tensor, elements: int) -> int | None:
+    """The value of the lowest code: _PACKED for words, 0 or -8 for a code an element, None if its integers are beyond 4 bits."""
+    if value.numel() != elements:
+        return _PACKED
+    lowest, highest = (int(v) for v in value.aminmax())
+    return 0 if 0 <= lowest and highest <= 15 else -8 if -8 <= lowest and highest <= 7 else None
+
+
+def neutral_zeros(leaf: Tensor, elements: int) -> Tensor:
+    """Zeros that are the same for every group: nibbles of 8 in words, else 1 (integers) or 0 (floats)."""
+    if leaf.dtype.is_floating_point:
+        return torch.zeros_like(leaf)
+    if leaf.numel() in (1, elements):
+        return torch.ones_like(leaf)
+    words = torch.full((leaf.numel() * leaf.dtype.itemsize,), 0x88, dtype=torch.uint8)
+    return words.view(leaf.dtype).reshape(leaf.shape).to(leaf.device)
+
+
+class _Samples:
+    """Random positions of an [N, K] weight, or all of them if it is small."""
+
+    def __init__(self, probe: Probe, N: int, K: int, device: torch.device) -> None:
+        flat = torch.arange(N * K) if N * K <= _SAMPLES else torch.randint(N * K, (_SAMPLES,), generator=probe.random)
+        self.n, self.k = (flat // K).to(device), (flat % K).to(device)
+        self.flat = flat.to(device)
+
+    def group(self, index: Tensor | None, size: int) -> Tensor:
+        return self.k // size if index is None else index.reshape(-1).long()[self.k]
+
+
+def _read(probe: Probe, N: int, K: int) -> Reading | None:
+    """The reading under this assignment of roles, or None."""
+    r, values = probe.roles, probe.values
+    low = code_range(values[r.codes], N * K)
+    assert low is not None
+    probe.draw(codes=probe.integers(values[r.codes], low), scales=probe.scales(values[r.scales]))
+    if r.zeros is not None:
+        probe.draw(zeros=neutral_zeros(values[r.zeros], N * r.groups))
+    weight = probe.weight()
+    at = _Samples(probe, N, K, weight.device)
+    w = weight.reshape(-1)[at.flat]
+    for scales, index in _scale_maps(probe, at, w, N, K):
+        v = w / scales.sample(values[r.scales], N, r.groups, at.n, at.group(_value(values, index), K // r.groups))
+        for codes, base in _code_maps(probe, at, v, N, K, low):
+            for zeros in _zero_maps(probe, at, Reading(N, K, r.groups, codes, scales, Zeros(base), index)):
+                reading = Reading(N, K, r.groups, codes, scales, zeros, index)
+                if _agrees(probe, reading):
+                    return reading
+    return None
+
+
+def _value(values: Sequence[Tensor], leaf: int | None) -> Tensor | None:
+    return None if leaf is None else values[leaf]
+
+
+def _scale_maps(probe: Probe, at: _Samples, w: Tensor, N: int, K: int) -> Iterator[tuple[Matrix, int | None]]:
+    """Where the scales are and how k finds its group, such that W / scale is a whole number in reach of codes minus zeros."""
+    r, leaf = probe.roles, probe.values[probe.roles.scales]
+    for index in dict.fromkeys((r.index, None)):
+        group = at.group(_value(probe.values, index), K // r.groups)
+        for scales in matrices(r.scales, leaf, N, r.groups):
+            v = w / scales.sample(leaf, N, r.groups, at.n, group)
+            if bool((v == v.round()).all()) and bool((v.abs() <= 40).all()):
+                yield scales, index
+
+
+def _code_maps(probe: Probe, at: _Samples, v: Tensor, N: int, K: int, low: int) -> Iterator[tuple[Codes, int]]:
+    """Where the codes are, such that v = code - base; base is the constant zero, or what neutral zeros amount to."""
+    leaf = probe.values[probe.roles.codes]
+    for matrix in matrices(probe.roles.codes, leaf, N, K):
+        raw = matrix.sample(leaf, N, K, at.n, at.k).long() - (0 if matrix.order is not None else low)
+        for book, table in CODE_BOOKS.items():
+            base = torch.tensor(table, device=raw.device)[raw] - v
+            if bool((base == base[0]).all()):
+                yield Codes(matrix, book, 0 if matrix.order is not None else low), int(base[0])
+
+
+def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
+    """Where the zeros are, by a second probe in which every stored tensor is random."""
+    r, values = probe.roles, probe.values
+    if r.zeros is None:
+        yield known.zeros
+        return
+    N, K, groups = known.N, known.K, known.groups
+    old = values[r.zeros]
+    if old.dtype.is_floating_point:
+        drawn = probe.integers(old, 0)
+    else:
+        drawn = probe.integers(old, known.codes.low if old.numel() in (1, N * groups) else _PACKED)
+    probe.draw(zeros=drawn)
+    w = probe.weight().reshape(-1)[at.flat]
+    group = at.group(_value(values, known.index), K // groups)
+    s = known.scales.sample(values[r.scales], N, groups, at.n, group).float()
+    matrix, low = known.codes.matrix, known.codes.low
+    raw = matrix.sample(values[r.codes], N, K, at.n, at.k).long() - low
+    code = torch.tensor(CODE_BOOKS[known.codes.book], device=raw.device)[raw]
+    for m in matrices(r.zeros, drawn, N, groups):
+        z = m.sample(drawn, N, groups, at.n, group)
+        if drawn.dtype.is_floating_point:
+            base, z = known.zeros.base, z.float()
+            for sign in (1, -1):
+                if torch.equal((code - base - sign * z) * s, w):
+                    yield Zeros(base, m, sign=sign)
+                if torch.equal((code - base) * s - sign * z, w):
+                    yield Zeros(base, m, sign=sign, shift=True)
+            continue
+        for convention, table in ZERO_CONVENTIONS.items():
+            stored = torch.tensor(table, device=z.device)[z.long()] if m.order is not None else z.long()
+            base = code - w / s - stored
+            if bool((base == base[0]).all()):
+                yield Zeros(int(base[0]), m, convention)
+
+
+def _agrees(probe: Probe, reading: Reading) -> bool:
+    """Whether the reading gives what the cone gives, everywhere, on the random tensors last drawn."""
+    try:
+        expected = reading.canonical(probe.values).dequantize()
+    except NotCanonical:
+        return False
+    return bool(((expected - probe.weight()).abs() < 1e-3).all())

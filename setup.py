@@ -1,0 +1,79 @@
+"""Builds what pyproject.toml cannot say: where patterns/ is installed, and the C++ CPU kernel.
+
+The kernel library `inductor_ext/_cpu.so` uses LibTorch's stable C ABI and nothing of Python's: one build serves every
+supported Python and torch, so its name and the wheel's tag carry no Python version.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, PlatformError
+
+OPT_OUT = "INDUCTOR_EXT_CPU_KERNEL"  # "0" installs without the C++ CPU kernel
+
+
+def packages() -> list[str]:
+    own = find_packages(include=["inductor_ext", "inductor_ext.*"])
+    patterns = ["inductor_ext.patterns", *(f"inductor_ext.patterns.{name}" for name in find_packages("patterns"))]
+    return own + patterns
+
+
+def extensions() -> list[Extension]:
+    sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    if not sources or os.environ.get(OPT_OUT) == "0":
+        return []
+    torch = find_spec("torch")  # found, not imported: the headers and the library are all that a build needs
+    if torch is None or torch.origin is None:
+        raise SystemExit(
+            "inductor-ext: torch is not installed here, and the C++ CPU kernel is built against it. Install torch"
+            f" first (>=2.11,<2.14), or set {OPT_OUT}=0 to install without that kernel."
+        )
+    root = Path(torch.origin).parent
+    return [
+        Extension(
+            "inductor_ext._cpu",
+            sources,
+            depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
+            include_dirs=[str(root / "include")],
+            library_dirs=[str(root / "lib")],
+            libraries=["torch_cpu"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
+            language="c++",
+        )
+    ]
+
+
+class BuildKernel(build_ext):
+    """Names the library without a Python version, and says what to do where it cannot be built."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except (CCompilerError, PlatformError) as error:
+            raise SystemExit(
+                f"inductor-ext: the C++ CPU kernel did not build ({error}). It needs a C++17 compiler: on Debian and"
+                f" Ubuntu, `apt install g++`. To install without this kernel, set {OPT_OUT}=0; CPU models then run"
+                " through PyTorch's own int4 kernel or the slow reference."
+            ) from error
+
+
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel py3-none-<platform>: compiled code, but none of it for one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=packages(),
+    package_dir={"inductor_ext.patterns": "patterns"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
+)

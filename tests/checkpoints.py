@@ -1,0 +1,296 @@
+"""Tiny checkpoints in the real formats, and what their weights stand for. Nothing here uses the package's own readers.
+
+config = llama()                                      # or qwen3(), gemma3()
+checkpoint = write_gptq(tmp_path, config)             # or write_awq, write_compressed_tensors
+model = inductor_ext.from_pretrained(checkpoint.folder)
+dense = checkpoint.reference(torch.float32)           # the same model with plain dense weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationScheme
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import random_checkpoint
+
+GROUP = 32
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    """Two layers, grouped queries, an lm_head of its own."""
+    return LlamaConfig(**{**_SIZES, "pad_token_id": 0} | changes)
+
+
+def qwen3(**changes: Any) -> Qwen3Config:
+    """Two layers with norms on queries and keys, tied embeddings."""
+    return Qwen3Config(**{**_SIZES, "tie_word_embeddings": True} | changes)
+
+
+def gemma3(**changes: Any) -> Gemma3TextConfig:
+    """A layer with a sliding window and a full one, each with its own rotary base; scaled and tied embeddings."""
+    own = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+    }
+    return Gemma3TextConfig(**_SIZES | own | changes)
+
+
+# Weights are drawn wider than by default, so that logits differ by more than rounding does.
+_SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder in a real format, and the tensors of the dense model that it stands for.
+
+    dense: every parameter by name; those of quantised layers are float32, (code - zero) * scale unrounded, [N, K].
+    packed: the paths of the quantised layers.
+    """
+
+    folder: Path
+    dense: dict[str, Tensor]
+    packed: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor in the checkpoint's files."""
+        return {name: tensor for file in self.folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+    def reference(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The dense transformers model in `dtype`: all weights rounded to it once."""
+        config = AutoConfig.from_pretrained(self.folder)
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        missing, surplus = model.load_state_dict(self.dense, strict=False)
+        assert not surplus and set(missing) <= {"lm_head.weight"} and bool(missing) == config.tie_word_embeddings
+        return model.eval()
+
+
+def write_compressed_tensors(
+    folder: Path, config: PretrainedConfig, *, group_index: bool = False, seed: int = 0, **settings: Any
+) -> Checkpoint:
+    """As compressed-tensors 0.20 writes it; `settings` as in bench/random_checkpoint.py.
+
+    group_index: act-order with `weight_g_idx`, which older versions wrote. The tensors are those that 0.20 writes, but
+    every k gets a random group, so they stand for another model.
+    """
+    random_checkpoint.write_compressed_tensors(folder, config, seed=seed, **settings)
+    if group_index:
+        _add_group_index(folder, torch.Generator().manual_seed(seed))
+    stored = Checkpoint(folder, {}, ()).tensors()
+    packed = tuple(name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed"))
+    (group,) = _quantization(folder)["config_groups"].values()
+    group["weights"].pop("actorder", None)
+    dense = {
+        name: tensor for name, tensor in stored.items() if not name.startswith(tuple(f"{p}.weight_" for p in packed))
+    }
+    for path in packed:
+        dense[f"{path}.weight"] = _decompress(stored, path, QuantizationScheme(**group))
+    return Checkpoint(folder, dense, packed)
+
+
+def _decompress(stored: dict[str, Tensor], path: str, scheme: QuantizationScheme) -> Tensor:
+    """compressed-tensors' own decompression, in float32; scattered groups are brought together for it."""
+    own = {name.removeprefix(f"{path}."): tensor for name, tensor in stored.items() if name.startswith(f"{path}.")}
+    order = torch.argsort(own.pop("weight_g_idx", torch.arange(own["weight_shape"][1])), stable=True)
+    codes = unpack_from_int32(own["weight_packed"], 4, own["weight_shape"])[:, order].contiguous()
+    own |= {"weight_packed": pack_to_int32(codes, 4), "weight_scale": own["weight_scale"].float()}
+    together = BaseCompressor.get_value_from_registry("pack-quantized").decompress(own, scheme)["weight"]
+    weight = torch.empty_like(together)
+    weight[:, order] = together
+    return weight
+
+
+def _add_group_index(folder: Path, generator: torch.Generator) -> None:
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".weight_shape")]:
+        path, k = name.removesuffix(".weight_shape"), int(tensors[name][1])
+        groups = tensors[f"{path}.weight_scale"].shape[1]
+        tensors[f"{path}.weight_g_idx"] = (torch.randperm(k, generator=generator) % groups).to(torch.int32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    quantization = _quantization(folder)
+    for group in quantization["config_groups"].values():
+        group["weights"]["actorder"] = "group"
+    set_quantization(folder, quantization)
+
+
+def write_gptq(
+    folder: Path,
+    config: PretrainedConfig,
+    *,
+    group_size: int = GROUP,
+    desc_act: bool = False,
+    v2: bool = False,
+    scales_dtype: torch.dtype = torch.float16,
+    left_dense: tuple[str, ...] = ("lm_head",),
+    seed: int = 0,
+    **settings: Any,
+) -> Checkpoint:
+    """GPTQ as AutoGPTQ (checkpoint_format gptq: a zero z is stored as z - 1) or GPTQModel (gptq_v2: as z) writes it.
+
+    group_size: -1 for one group a row. left_dense: ends of the paths of linear layers that are not quantised.
+    `settings` are added to the quantization_config.
+    """
+    offset = 0 if v2 else 1
+
+    def pack(q: Quantised) -> dict[str, Tensor]:
+        return {
+            "qweight": pack_nibbles(q.codes, dim=1).t().contiguous(),
+            "qzeros": pack_nibbles((q.zeros - offset).t(), dim=1),
+            "scales": q.scales.t().contiguous(),
+            "g_idx": q.group_of_k.to(torch.int32),
+        }
+
+    quantization = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group_size,
+        "desc_act": desc_act,
+        "sym": False,
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+    }
+    # With zeros stored as z - 1 there is no zero 0, but a zero 16.
+    draw = Draw(None if group_size == -1 else group_size, scales_dtype, range(offset, 16 + offset), desc_act, seed)
+    return _write(folder, config, quantization | settings, draw, pack, left_dense)
+
+
+def write_awq(
+    folder: Path,
+    config: PretrainedConfig,
+    *,
+    group_size: int = GROUP,
+    scales_dtype: torch.dtype = torch.float16,
+    left_dense: tuple[str, ...] = ("lm_head",),
+    seed: int = 0,
+    **settings: Any,
+) -> Checkpoint:
+    """AWQ "gemm" as AutoAWQ writes it; the other arguments are write_gptq's."""
+
+    def pack(q: Quantised) -> dict[str, Tensor]:
+        return {
+            "qweight": pack_nibbles(awq_columns(q.codes.t()), dim=1),
+            "qzeros": pack_nibbles(awq_columns(q.zeros.t()), dim=1),
+            "scales": q.scales.t().contiguous(),
+        }
+
+    quantization = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
+    draw = Draw(None if group_size == -1 else group_size, scales_dtype, range(16), False, seed)
+    return _write(folder, config, quantization | settings, draw, pack, left_dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A weight in integers: codes int64 [N, K] in 0..15, zeros int64 and scales [N, K/G], group_of_k int64 [K]."""
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+    group_of_k: Tensor
+
+    def dense(self) -> Tensor:
+        """float32 [N, K]: exact, since a difference of codes has 5 bits and a scale at most 11."""
+        k = self.group_of_k
+        return (self.codes - self.zeros[:, k]).float() * self.scales.float()[:, k]
+
+
+class Draw:
+    """Draws the integers of one layer after another."""
+
+    def __init__(self, group_size: int | None, dtype: torch.dtype, zeros: range, shuffled: bool, seed: int) -> None:
+        self.group_size, self.dtype, self.zeros, self.shuffled = group_size, dtype, zeros, shuffled
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, n: int, k: int) -> Quantised:
+        groups = k // (self.group_size or k)
+        group_of_k = torch.arange(k) // (k // groups)
+        if self.shuffled:
+            group_of_k = group_of_k[torch.randperm(k, generator=self.generator)]
+        return Quantised(
+            codes=torch.randint(16, (n, k), generator=self.generator),
+            zeros=torch.randint(self.zeros.start, self.zeros.stop, (n, groups), generator=self.generator),
+            scales=(torch.rand(n, groups, generator=self.generator) * 0.02 + 0.002).to(self.dtype),
+            group_of_k=group_of_k,
+        )
+
+
+def pack_nibbles(codes: Tensor, dim: int) -> Tensor:
+    """int32 words from codes in 0..15: value 8j + i of dimension `dim` goes to bits 4i..4i+3 of word j."""
+    assert int(codes.min()) >= 0 and int(codes.max()) <= 15
+    runs = codes.unflatten(dim, (-1, 8)).movedim(dim + 1, -1)
+    words = sum(runs[..., i] * 16**i for i in range(8))
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32).contiguous()
+
+
+def awq_columns(codes: Tensor) -> Tensor:
+    """The columns of [rows, N] in AWQ's order: of each eight, 0 2 4 6 1 3 5 7."""
+    return codes.unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1)
+
+
+def _write(
+    folder: Path,
+    config: PretrainedConfig,
+    quantization: dict[str, Any],
+    draw: Draw,
+    pack: Callable[[Quantised], dict[str, Tensor]],
+    left_dense: tuple[str, ...],
+) -> Checkpoint:
+    """Replaces the linear layers of a random model by quantised ones and writes everything in fp16."""
+    torch.manual_seed(draw.generator.initial_seed())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    stored = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    dense, packed = dict(stored), []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not path.endswith(left_dense):
+            quantised = draw(module.out_features, module.in_features)
+            del stored[f"{path}.weight"]
+            stored |= {f"{path}.{name}": tensor for name, tensor in pack(quantised).items()}
+            dense[f"{path}.weight"] = quantised.dense()
+            packed.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    set_quantization(folder, quantization)
+    return Checkpoint(folder, dense, tuple(packed))
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+def set_quantization(folder: Path, quantization: dict[str, Any]) -> None:
+    """Puts another quantization_config into a checkpoint's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}, indent=2))
