@@ -1,10 +1,12 @@
 """Time of one int4 linear on the CPU: ours against PyTorch's own ways to compute it.
 
-    python bench/cpu_linear.py [--json FILE] [--rounds 15] [--shapes 4096x4096 14336x4096] [--rows 1 4 16 128] [--isa avx2] [--group 128]
+    python bench/cpu_linear.py [--json FILE] [--rounds 15] [--shapes 4096x4096 14336x4096] [--rows 1 4 16 128]
+                               [--group 128] [--isa avx2]
 
-The ways: "ours" in bf16, fp16 and fp32; "aten int4" is _weight_int4pack_mm_for_cpu (rounds its weights to bf16); "dense" is F.linear on a weight that was
-dequantised before; "dequantise + dense" does both each time, as a model that is left alone does. Each way walks over copies of its weight that do
-not fit the cache together, as the layers of a model do. The ways take turns; each number is the median over the rounds.
+The ways: "ours" in bf16, fp16 and fp32; "aten int4" is _weight_int4pack_mm_for_cpu (rounds its weights to bf16);
+"dense" is F.linear on a weight that was dequantised before; "dequantise + dense" does both each time, as a model
+that is left alone does. Each way walks over copies of its weight that do not fit the cache together, as the layers
+of a model do. The ways take turns; each number is the median over the rounds.
 GB/s counts the bytes of the weight as that way stores it, GFLOP/s 2 M N K.
 """
 
@@ -17,13 +19,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import cpu
+from inductor_ext.kernels import Packed, cpu
 
 # More than the caches of this generation of machines hold for one or two cores.
 WORKING_SET = 160 << 20
@@ -31,11 +34,10 @@ WORKING_SET = 160 << 20
 Way = tuple[str, torch.dtype, int, Callable[[Tensor], Tensor]]
 
 
-def over_copies(make: Callable[[], tuple[Tensor, ...]], call: Callable[..., Tensor]) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """The bytes of one weight, and a function of x that uses the next copy at each call."""
-    first = make()
-    size = sum(t.numel() * t.element_size() for t in first)
-    copies = [first, *(tuple(t.clone() for t in first) for _ in range(WORKING_SET // size))]
+def over_copies(weight: tuple[Tensor, ...], call: Callable[..., Tensor]) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """The bytes of the weight, and a function of x that calls with another copy of it each time."""
+    size = sum(t.numel() * t.element_size() for t in weight)
+    copies = [weight, *(tuple(t.clone() for t in weight) for _ in range(WORKING_SET // size))]
     turn = itertools.cycle(copies)
     return size, lambda x: call(x, *next(turn))
 
@@ -46,25 +48,24 @@ def ways(N: int, K: int, G: int) -> Iterator[Way]:
     weight = PackedInt4(codes, scales)
 
     def ours(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        return torch.ops.w4a16_cpu.linear(x, codes, scales, None, None, G)
+        return cpu.run(x, Packed(codes, scales, None, None), None, G)
 
     def aten(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, G, scales_and_zeros)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, G, scales_and_zeros)
+        return y
 
-    def make_aten() -> tuple[Tensor, Tensor]:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.stored_codes().int(), 1)
-        return packed, torch.stack((scales.T, torch.zeros_like(scales.T)), -1).contiguous()
+    def dequantise(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        return linear(x, PackedInt4(codes, scales).dequantize(torch.bfloat16))
 
+    aten_codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.stored_codes().int(), 1)
+    aten_scales = torch.stack((scales.T, torch.zeros_like(scales.T)), -1).contiguous()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield ("ours", dtype, *over_copies(lambda: (codes, scales), ours))
-    yield ("aten int4", torch.bfloat16, *over_copies(make_aten, aten))
+        yield ("ours", dtype, *over_copies((codes, scales), ours))
+    yield ("aten int4", torch.bfloat16, *over_copies((aten_codes, aten_scales), aten))
     for dtype in (torch.bfloat16, torch.float32):
-        yield ("dense", dtype, *over_copies(lambda dtype=dtype: (weight.dequantize(dtype),), linear))
-    yield (
-        "dequantise + dense",
-        torch.bfloat16,
-        *over_copies(lambda: (codes, scales), lambda x, c, s: linear(x, PackedInt4(c, s).dequantize(torch.bfloat16))),
-    )
+        dense = weight.dequantize(dtype)
+        yield ("dense", dtype, *over_copies((dense,), linear))
+    yield ("dequantise + dense", torch.bfloat16, *over_copies((codes, scales), dequantise))
 
 
 def measure(all_ways: list[Way], M: int, K: int, rounds: int) -> list[float]:
@@ -94,21 +95,20 @@ def main() -> None:
     if options.isa:
         torch.ops.w4a16_cpu.set_isa(options.isa)
 
-    results = []
+    results: list[dict[str, Any]] = []
     print(f"{'N':>6} {'K':>6} {'M':>4}  {'way':<20} {'dtype':<9} {'ms':>9} {'GB/s':>7} {'GFLOP/s':>8}")
     for shape in options.shapes:
         N, K = (int(n) for n in shape.split("x"))
         all_ways = list(ways(N, K, options.group))
         for M in options.rows:
             for (name, dtype, size, _), seconds in zip(all_ways, measure(all_ways, M, K, options.rounds), strict=True):
-                short = str(dtype).removeprefix("torch.")
-                row = {"N": N, "K": K, "M": M, "group_size": options.group, "way": name, "dtype": short, "seconds": seconds}
-                row |= {"gbytes_per_s": size / seconds / 1e9, "gflops": 2 * M * N * K / seconds / 1e9}
-                results.append(row)
-                print(f"{N:6} {K:6} {M:4}  {name:<20} {short:<9} {seconds * 1e3:9.3f} {row['gbytes_per_s']:7.1f} {row['gflops']:8.1f}")
+                short, gbytes, gflops = str(dtype)[6:], size / seconds / 1e9, 2 * M * N * K / seconds / 1e9
+                print(f"{N:6} {K:6} {M:4}  {name:<20} {short:<9} {seconds * 1e3:9.3f} {gbytes:7.1f} {gflops:8.1f}")
+                row = {"N": N, "K": K, "M": M, "way": name, "dtype": short}
+                results.append(row | {"seconds": seconds, "gbytes_per_s": gbytes, "gflops": gflops})
     if options.json:
-        threads = torch.get_num_threads()
-        document = {"torch": torch.__version__, "threads": threads, "isas": torch.ops.w4a16_cpu.usable_isas(), "results": results}
+        machine = {"isas": torch.ops.w4a16_cpu.usable_isas(), "isa": options.isa, "threads": torch.get_num_threads()}
+        document = machine | {"torch": torch.__version__, "group_size": options.group, "results": results}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from compressed_tensors.compressors import ModelCompressor, compress_module
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor, compress_module
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -13,8 +15,10 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 
 def write_compressed_tensors(
@@ -51,6 +55,31 @@ def write_compressed_tensors(
             compress_module(module)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     ModelCompressor.from_pretrained_model(model).update_config(str(folder))
+
+
+def decompress(folder: Path) -> dict[str, Tensor]:
+    """The dense model's tensors: weights by compressed-tensors' own decompressor, in float32; the rest as stored."""
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    (scheme,) = AutoConfig.from_pretrained(folder).quantization_config["config_groups"].values()
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    for path in [name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")]:
+        own = {
+            name.removeprefix(f"{path}."): stored.pop(name) for name in [*stored] if name.startswith(f"{path}.weight_")
+        }
+        own["weight_scale"] = own["weight_scale"].float()
+        stored[f"{path}.weight"] = compressor.decompress(own, QuantizationScheme(**scheme))["weight"]
+    return stored
+
+
+def dense_model(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """The plain transformers model of a checkpoint's config.json, with these tensors, rounded to `dtype` once."""
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, surplus = model.load_state_dict(tensors, strict=False)
+    if surplus or (missing and not (missing == ["lm_head.weight"] and config.tie_word_embeddings)):
+        raise ValueError(f"These tensors do not fill {type(model).__name__}: {missing} are missing, {surplus} surplus.")
+    return model.eval()
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -24,6 +24,8 @@ class Site(Protocol):
     """A graph to rewrite."""
 
     graph: fx.Graph
+    training: bool
+    """Whether gradients can be asked of what the graph computes."""
 
     def stored(self, node: fx.Node) -> Tensor | None:
         """The real tensor of a placeholder or get_attr, if it can be seen and belongs to the model."""
@@ -69,6 +71,7 @@ class DynamoSite:
     """A clone of Dynamo's graph, with the real tensors that it was called with."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.training = torch.is_grad_enabled()
         self.gm = clone(gm)
         self.graph = self.gm.graph
         self.placeholders = self.graph.find_nodes(op="placeholder")
@@ -129,6 +132,7 @@ class ConstantSite:
 
     def __init__(self, graph: fx.Graph) -> None:
         assert graph.owning_module is not None
+        self.training = False
         self.gm, self.graph = graph.owning_module, graph
 
     def stored(self, node: fx.Node) -> Tensor | None:

@@ -128,6 +128,10 @@ def _examine(
             sources = [t for leaf in found.leaves if (t := site.stored(leaf)) is not None]
     except NotACone as error:
         raise _Refused(str(error)) from None
+    if site.training and any(t.requires_grad for t in sources):
+        raise _Refused(
+            "a stored tensor of it requires a gradient, which the fused op does not give; freeze it, or compile under torch.no_grad()"
+        )
     N, K = anchor.size
     dtype = _dtype(anchor)
     recipe, entry = _proof(found.program, found.program.signature(sources), sources, N, K)

@@ -95,17 +95,17 @@ def _addmm(node: fx.Node, bias: Any, x: Any, weight: Any, *rest: Any) -> Anchor 
 
 
 def _einsum(node: fx.Node, equation: Any, *operands: Any) -> Anchor | None:
-    """Two operands, one contracted index, last in x; the result is x's other indices, then the weight's."""
+    """Two operands, one contracted index, last in x; the result is x's other indices (an ellipsis among them), then the weight's."""
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
     if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:
         return None
-    inputs, result = equation.replace(" ", "").split("->")
-    if inputs.count(",") != 1 or "." in inputs:
+    inputs, result = equation.replace(" ", "").replace("...", ".").split("->")
+    if inputs.count(",") != 1:
         return None
     x, w = inputs.split(",")
     for a, b, left, right in ((x, w, *operands), (w, x, *reversed(operands))):
-        if len(set(a)) == len(a) and len(b) == 2 and a[-1] in b and b[0] != b[1]:
+        if len(set(a)) == len(a) > 0 and len(b) == 2 and a[-1] in b and b[0] != b[1] and "." not in b + a[-1]:
             n = b.replace(a[-1], "")
             if n not in a and result == a[:-1] + n:
                 return Anchor(node, left, right, kn=b[0] == a[-1])

@@ -205,8 +205,9 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
             if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8:
                 found.append(node)
         elif node is out or read_anchor(node) is None:
-            todo += [n for n in node.all_input_nodes if n not in seen]
-            seen.update(node.all_input_nodes)
+            behind = [n for n in (*node.all_input_nodes, *_writes(node)) if n not in seen]
+            todo += behind
+            seen.update(behind)
     return found
 
 

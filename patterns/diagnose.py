@@ -14,7 +14,7 @@ from inductor_ext.patterns.recognise import Probe, Roles, code_range, neutral_ze
 def diagnose(program: Program, values: Sequence[Tensor], attempts: Sequence[Roles], N: int, K: int) -> str:
     if not attempts:
         return _no_roles(values, N, K)
-    probe = Probe(program, values, attempts[0])
+    probe = Probe(program, values, attempts[0], K)
     if probe.roles.zeros is not None:
         probe.draw(zeros=neutral_zeros(values[probe.roles.zeros], N * probe.roles.groups))
     return _code_book(probe, N, K) or _zeros(probe, N, K) or _groups(probe, N, K) or (
@@ -96,7 +96,9 @@ def _zeros(probe: Probe, N: int, K: int) -> str | None:
 def _groups(probe: Probe, N: int, K: int) -> str | None:
     """One code everywhere, random scales, then random zeros: each must be constant along a group of K."""
     size = K // probe.roles.groups
-    index = None if probe.roles.index is None else probe.values[probe.roles.index].reshape(-1).long()
+    index = None
+    if probe.roles.index is not None and probe.roles.index.gives == "group":
+        index = probe.values[probe.roles.index.leaf].reshape(-1).long()
     base = probe.values[probe.roles.codes]
     probe.draw(codes=_constant_codes(probe, 15, N, K))
     for role, what in (("scales", "scale"), ("zeros", "zero")):

@@ -96,7 +96,7 @@ class Codes:
 class Zeros:
     """The zero of a group: a constant; base + table[nibble]; base + sign * value; or base + sign * value / scale (an added shift)."""
 
-    base: int
+    base: float
     matrix: Matrix | None = None
     convention: str = "stored"
     """A name in ZERO_CONVENTIONS, of packed zeros."""
@@ -108,7 +108,9 @@ class Zeros:
         if self.matrix is None:
             if self.base == 8:
                 return None
-            zeros = torch.full((N, groups), self.base, dtype=torch.int32, device=scales.device)
+            zeros = torch.full((N, groups), self.base, device=scales.device)
+            if self.base != int(self.base):
+                return zeros
         else:
             leaf = leaves[self.matrix.leaf]
             raw = self.matrix.read(leaf, N, groups)
@@ -118,7 +120,7 @@ class Zeros:
                 wide = raw.float() / scales.float() if self.shift else raw.float()
                 return self.base + self.sign * wide
             zeros = _look_up(ZERO_CONVENTIONS[self.convention], raw) if self.matrix.order is not None else raw
-            zeros = zeros.to(torch.int32) + self.base
+            zeros = zeros.to(torch.int32) + int(self.base)
         lowest, highest = (int(v) for v in zeros.aminmax())
         if lowest < 0 or highest > 16:
             raise NotCanonical(f"its zeros go from {lowest} to {highest}; 0 to 16 is what the canonical form holds")
@@ -127,6 +129,15 @@ class Zeros:
 
 def _look_up(table: tuple[int, ...], index: Tensor) -> Tensor:
     return torch.tensor(table, dtype=torch.uint8, device=index.device)[index.int()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """An int [K] leaf of act-order checkpoints."""
+
+    leaf: int
+    gives: str
+    """"group": of each k (GPTQ's and compressed-tensors' g_idx); "column": where each k is stored, groups being runs of the stored columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +150,7 @@ class Reading:
     codes: Codes
     scales: Matrix
     zeros: Zeros
-    index: int | None
-    """The leaf that gives each k its group (GPTQ's and compressed-tensors' g_idx), int [K]."""
+    index: Index | None
 
     def canonical(self, leaves: Sequence[Tensor]) -> PackedInt4:
         """The canonical form of these stored tensors; parts that are canonical already are views of them. Raises NotCanonical."""
@@ -148,7 +158,10 @@ class Reading:
         scales = self.scales.read(leaves[self.scales.leaf], N, self.groups).contiguous()
         zeros = self.zeros.read(leaves, scales, N, self.groups)
         zeros = None if zeros is None else zeros.contiguous()
-        perm = None if self.index is None else _by_group(leaves[self.index], self.groups)
+        if self.index is not None and self.index.gives == "column":
+            order = _permutation(leaves[self.index.leaf])
+            return PackedInt4(SEQUENTIAL.pack(self.codes.read(leaves[self.codes.matrix.leaf], N, K), 1), scales, zeros, order)
+        perm = None if self.index is None else _by_group(leaves[self.index.leaf], self.groups)
         leaf, codes = leaves[self.codes.matrix.leaf], self.codes
         if perm is None and codes == Codes(Matrix(codes.matrix.leaf, False, SEQUENTIAL), "offset binary", 0) and leaf.is_contiguous():
             return PackedInt4(leaf.detach().view(N, K // 8), scales, zeros)
@@ -176,3 +189,10 @@ def _by_group(index: Tensor, groups: int) -> Tensor | None:
     if bool((index < 0).any()) or bool((torch.bincount(index, minlength=groups) != K // groups).any()):
         raise NotCanonical(f"its group index gives groups of unequal size; each must have {K // groups} of the {K} columns")
     return torch.argsort(index, stable=True)
+
+
+def _permutation(index: Tensor) -> Tensor:
+    index = index.reshape(-1)
+    if not torch.equal(index.sort().values.long(), torch.arange(index.numel(), device=index.device)):
+        raise NotCanonical("its column index is no permutation")
+    return index.int()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inductor_ext.formats import CODE_BOOKS, ZERO_CONVENTIONS
 from inductor_ext.patterns.cone import Program
-from inductor_ext.patterns.reading import Codes, Matrix, NotCanonical, Reading, Zeros, matrices
+from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 
 _SAMPLES = 8192
 _SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, -0.5, -0.75, -1.0, -1.5, -2.0, -3.0)
@@ -33,21 +33,22 @@ class Roles:
     codes: int
     scales: int
     zeros: int | None
-    index: int | None
+    index: Index | None
     groups: int
 
 
 class Probe:
     """A cone's program and the tensors that it is run on next."""
 
-    def __init__(self, program: Program, values: Sequence[Tensor], roles: Roles) -> None:
+    def __init__(self, program: Program, values: Sequence[Tensor], roles: Roles, columns: int) -> None:
+        self.columns = columns
         self.program, self.roles, self.values = program, roles, list(values)
         self.random = torch.Generator().manual_seed(0x34613136)
         self._weight: Tensor | None = None
         if roles.index is not None:
-            index = values[roles.index]
-            balanced = torch.arange(index.numel()) % roles.groups
-            self.values[roles.index] = self._like(balanced[torch.randperm(index.numel(), generator=self.random)], index)
+            index = values[roles.index.leaf]
+            drawn = torch.randperm(index.numel(), generator=self.random)
+            self.values[roles.index.leaf] = self._like(drawn if roles.index.gives == "column" else drawn % roles.groups, index)
 
     def _like(self, drawn: Tensor, leaf: Tensor) -> Tensor:
         return drawn.reshape(leaf.shape).to(device=leaf.device, dtype=leaf.dtype)
@@ -93,7 +94,7 @@ def recognise(program: Program, values: Sequence[Tensor], N: int, K: int) -> Rea
         raise NotRecognised(f"its K={K} is no multiple of 8")
     attempts = list(roles(values, N, K))
     for attempt in attempts:
-        reading = _read(Probe(program, values, attempt), N, K)
+        reading = _read(Probe(program, values, attempt, K), N, K)
         if reading is not None:
             return reading
     from inductor_ext.patterns.diagnose import diagnose  # only refusals need it
@@ -111,8 +112,8 @@ def roles(values: Sequence[Tensor], N: int, K: int) -> Iterator[Roles]:
             if K % groups or not any(matrices(scales, values[scales], N, groups)):
                 continue
             rest = [i for i in (*integers, *floats) if i not in (codes, scales)]
-            index = next((i for i in rest if _is_index(values[i], K, groups)), None)
-            zeros = [i for i in rest if i != index and any(matrices(i, values[i], N, groups))]
+            index = next((found for i in rest if (found := _index(i, values[i], K, groups)) is not None), None)
+            zeros = [i for i in rest if (index is None or i != index.leaf) and any(matrices(i, values[i], N, groups))]
             if set(floats) - {scales} <= set(zeros):
                 for zero in sorted(zeros, key=lambda i: -values[i].numel()):
                     if set(floats) <= {scales, zero}:
@@ -121,11 +122,13 @@ def roles(values: Sequence[Tensor], N: int, K: int) -> Iterator[Roles]:
                     yield Roles(codes, scales, None, index, groups)
 
 
-def _is_index(value: Tensor, K: int, groups: int) -> bool:
+def _index(leaf: int, value: Tensor, K: int, groups: int) -> Index | None:
     if value.dtype.is_floating_point or value.numel() != K or value.dim() != 1:
-        return False
-    lowest, highest = value.aminmax()
-    return int(lowest) >= 0 and int(highest) < groups
+        return None
+    lowest, highest = (int(v) for v in value.aminmax())
+    if lowest >= 0 and highest < groups:
+        return Index(leaf, "group")
+    return Index(leaf, "column") if lowest == 0 and highest == K - 1 else None
 
 
 def code_range(value: Tensor, elements: int) -> int | None:
@@ -154,8 +157,13 @@ class _Samples:
         self.n, self.k = (flat // K).to(device), (flat % K).to(device)
         self.flat = flat.to(device)
 
-    def group(self, index: Tensor | None, size: int) -> Tensor:
-        return self.k // size if index is None else index.reshape(-1).long()[self.k]
+    def columns(self, probe: Probe, index: Index | None, groups: int) -> tuple[Tensor, Tensor]:
+        """For each position: the stored column and the group, under this index."""
+        size = probe.columns // groups
+        if index is None:
+            return self.k, self.k // size
+        given = probe.values[index.leaf].reshape(-1).long()[self.k]
+        return (self.k, given) if index.gives == "group" else (given, given // size)
 
 
 def _read(probe: Probe, N: int, K: int) -> Reading | None:
@@ -170,8 +178,9 @@ def _read(probe: Probe, N: int, K: int) -> Reading | None:
     at = _Samples(probe, N, K, weight.device)
     w = weight.reshape(-1)[at.flat]
     for scales, index in _scale_maps(probe, at, w, N, K):
-        v = w / scales.sample(values[r.scales], N, r.groups, at.n, at.group(_value(values, index), K // r.groups))
-        for codes, base in _code_maps(probe, at, v, N, K, low):
+        column, group = at.columns(probe, index, r.groups)
+        v = w / scales.sample(values[r.scales], N, r.groups, at.n, group)
+        for codes, base in _code_maps(probe, at, column, v, N, K, low):
             for zeros in _zero_maps(probe, at, Reading(N, K, r.groups, codes, scales, Zeros(base), index)):
                 reading = Reading(N, K, r.groups, codes, scales, zeros, index)
                 if _agrees(probe, reading):
@@ -179,30 +188,28 @@ def _read(probe: Probe, N: int, K: int) -> Reading | None:
     return None
 
 
-def _value(values: Sequence[Tensor], leaf: int | None) -> Tensor | None:
-    return None if leaf is None else values[leaf]
-
-
-def _scale_maps(probe: Probe, at: _Samples, w: Tensor, N: int, K: int) -> Iterator[tuple[Matrix, int | None]]:
-    """Where the scales are and how k finds its group, such that W / scale is a whole number in reach of codes minus zeros."""
+def _scale_maps(probe: Probe, at: _Samples, w: Tensor, N: int, K: int) -> Iterator[tuple[Matrix, Index | None]]:
+    """Where the scales are and how k finds its group, such that W / scale is a whole number (or a half) in reach of codes minus zeros."""
     r, leaf = probe.roles, probe.values[probe.roles.scales]
     for index in dict.fromkeys((r.index, None)):
-        group = at.group(_value(probe.values, index), K // r.groups)
+        _, group = at.columns(probe, index, r.groups)
         for scales in matrices(r.scales, leaf, N, r.groups):
             v = w / scales.sample(leaf, N, r.groups, at.n, group)
-            if bool((v == v.round()).all()) and bool((v.abs() <= 40).all()):
+            if bool((2 * v == (2 * v).round()).all()) and bool((v.abs() <= 40).all()):
                 yield scales, index
 
 
-def _code_maps(probe: Probe, at: _Samples, v: Tensor, N: int, K: int, low: int) -> Iterator[tuple[Codes, int]]:
+def _code_maps(
+    probe: Probe, at: _Samples, column: Tensor, v: Tensor, N: int, K: int, low: int
+) -> Iterator[tuple[Codes, float]]:
     """Where the codes are, such that v = code - base; base is the constant zero, or what neutral zeros amount to."""
     leaf = probe.values[probe.roles.codes]
     for matrix in matrices(probe.roles.codes, leaf, N, K):
-        raw = matrix.sample(leaf, N, K, at.n, at.k).long() - (0 if matrix.order is not None else low)
+        raw = matrix.sample(leaf, N, K, at.n, column).long() - (0 if matrix.order is not None else low)
         for book, table in CODE_BOOKS.items():
             base = torch.tensor(table, device=raw.device)[raw] - v
             if bool((base == base[0]).all()):
-                yield Codes(matrix, book, 0 if matrix.order is not None else low), int(base[0])
+                yield Codes(matrix, book, 0 if matrix.order is not None else low), float(base[0])
 
 
 def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
@@ -219,10 +226,10 @@ def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
         drawn = probe.integers(old, known.codes.low if old.numel() in (1, N * groups) else _PACKED)
     probe.draw(zeros=drawn)
     w = probe.weight().reshape(-1)[at.flat]
-    group = at.group(_value(values, known.index), K // groups)
+    column, group = at.columns(probe, known.index, groups)
     s = known.scales.sample(values[r.scales], N, groups, at.n, group).float()
     matrix, low = known.codes.matrix, known.codes.low
-    raw = matrix.sample(values[r.codes], N, K, at.n, at.k).long() - low
+    raw = matrix.sample(values[r.codes], N, K, at.n, column).long() - low
     code = torch.tensor(CODE_BOOKS[known.codes.book], device=raw.device)[raw]
     for m in matrices(r.zeros, drawn, N, groups):
         z = m.sample(drawn, N, groups, at.n, group)
@@ -238,7 +245,7 @@ def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
             stored = torch.tensor(table, device=z.device)[z.long()] if m.order is not None else z.long()
             base = code - w / s - stored
             if bool((base == base[0]).all()):
-                yield Zeros(int(base[0]), m, convention)
+                yield Zeros(float(base[0]), m, convention)
 
 
 def _agrees(probe: Probe, reading: Reading) -> bool:

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import random_checkpoint
@@ -82,12 +80,7 @@ class Checkpoint:
 
     def reference(self, dtype: torch.dtype = torch.float32) -> Any:
         """The dense transformers model in `dtype`: all weights rounded to it once."""
-        config = AutoConfig.from_pretrained(self.folder)
-        del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        missing, surplus = model.load_state_dict(self.dense, strict=False)
-        assert not surplus and set(missing) <= {"lm_head.weight"} and bool(missing) == config.tie_word_embeddings
-        return model.eval()
+        return random_checkpoint.dense_model(self.folder, self.dense, dtype)
 
 
 def write_compressed_tensors(
@@ -95,48 +88,37 @@ def write_compressed_tensors(
 ) -> Checkpoint:
     """As compressed-tensors 0.20 writes it; `settings` as in bench/random_checkpoint.py.
 
-    group_index: act-order with `weight_g_idx`, which older versions wrote. The tensors are those that 0.20 writes, but
-    every k gets a random group, so they stand for another model.
+    group_index: act-order with `weight_g_idx`, which older versions wrote; the columns of every weight are shuffled.
     """
     random_checkpoint.write_compressed_tensors(folder, config, seed=seed, **settings)
+    dense = random_checkpoint.decompress(folder)
+    names = Checkpoint(folder, {}, ()).tensors()
+    packed = tuple(name.removesuffix(".weight_packed") for name in names if name.endswith(".weight_packed"))
     if group_index:
-        _add_group_index(folder, torch.Generator().manual_seed(seed))
-    stored = Checkpoint(folder, {}, ()).tensors()
-    packed = tuple(name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed"))
-    (group,) = _quantization(folder)["config_groups"].values()
-    group["weights"].pop("actorder", None)
-    dense = {
-        name: tensor for name, tensor in stored.items() if not name.startswith(tuple(f"{p}.weight_" for p in packed))
-    }
-    for path in packed:
-        dense[f"{path}.weight"] = _decompress(stored, path, QuantizationScheme(**group))
+        dense |= _shuffle_columns(folder, packed, dense, torch.Generator().manual_seed(seed))
     return Checkpoint(folder, dense, packed)
 
 
-def _decompress(stored: dict[str, Tensor], path: str, scheme: QuantizationScheme) -> Tensor:
-    """compressed-tensors' own decompression, in float32; scattered groups are brought together for it."""
-    own = {name.removeprefix(f"{path}."): tensor for name, tensor in stored.items() if name.startswith(f"{path}.")}
-    order = torch.argsort(own.pop("weight_g_idx", torch.arange(own["weight_shape"][1])), stable=True)
-    codes = unpack_from_int32(own["weight_packed"], 4, own["weight_shape"])[:, order].contiguous()
-    own |= {"weight_packed": pack_to_int32(codes, 4), "weight_scale": own["weight_scale"].float()}
-    together = BaseCompressor.get_value_from_registry("pack-quantized").decompress(own, scheme)["weight"]
-    weight = torch.empty_like(together)
-    weight[:, order] = together
-    return weight
-
-
-def _add_group_index(folder: Path, generator: torch.Generator) -> None:
+def _shuffle_columns(
+    folder: Path, packed: tuple[str, ...], dense: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Moves the columns of every packed weight in the file, and their groups with them; returns the new weights."""
     (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    for name in [name for name in tensors if name.endswith(".weight_shape")]:
-        path, k = name.removesuffix(".weight_shape"), int(tensors[name][1])
-        groups = tensors[f"{path}.weight_scale"].shape[1]
-        tensors[f"{path}.weight_g_idx"] = (torch.randperm(k, generator=generator) % groups).to(torch.int32)
+    tensors, moved = load_file(file), {}
+    for path in packed:
+        codes = unpack_from_int32(tensors[f"{path}.weight_packed"], 4, tensors[f"{path}.weight_shape"])
+        weight, k = dense[f"{path}.weight"], codes.shape[1]
+        to = torch.randperm(k, generator=generator)
+        group_of_k = torch.arange(k) // (k // tensors[f"{path}.weight_scale"].shape[1])
+        tensors[f"{path}.weight_packed"] = pack_to_int32(torch.empty_like(codes).index_copy_(1, to, codes), 4)
+        tensors[f"{path}.weight_g_idx"] = torch.empty_like(group_of_k).index_copy_(0, to, group_of_k).to(torch.int32)
+        moved[f"{path}.weight"] = torch.empty_like(weight).index_copy_(1, to, weight)
     save_file(tensors, file, metadata={"format": "pt"})
-    quantization = _quantization(folder)
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
     for group in quantization["config_groups"].values():
         group["weights"]["actorder"] = "group"
     set_quantization(folder, quantization)
+    return moved
 
 
 def write_gptq(
@@ -283,11 +265,6 @@ def _write(
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     set_quantization(folder, quantization)
     return Checkpoint(folder, dense, tuple(packed))
-
-
-def _quantization(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return found
 
 
 def set_quantization(folder: Path, quantization: dict[str, Any]) -> None:

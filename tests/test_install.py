@@ -1,4 +1,4 @@
-"""What a user gets from `pip install`: the release's wheel, the source tree and an editable install.
+"""What a user gets from `pip install`: the release's wheel, which is built from its sdist, or an editable install.
 
 Each has its own venv. No network: the venvs see this environment's packages (torch above all) through a folder of
 links from which every trace of inductor_ext is left out.
@@ -118,20 +118,17 @@ def host_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return links
 
 
-@pytest.fixture(scope="session", params=["wheel", "tree", "editable"])
+@pytest.fixture(scope="session", params=["wheel", "editable"])
 def home(request: pytest.FixtureRequest, host_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a venv, `venv/`, into which inductor-ext was installed; the sources, if editable, are in it too."""
     folder = tmp_path_factory.mktemp(request.param)
     venv.create(folder / "venv", symlinks=True)
     (site,) = folder.glob("venv/lib/python*/site-packages")
     (site / "host.pth").write_text(f"{host_packages}\n")
-    match request.param:
-        case "wheel":
-            what = [*request.getfixturevalue("release").glob("*.whl")]
-        case "tree":
-            what = [tree(tmp_path_factory.mktemp("sources") / "tree")]
-        case "editable":
-            what = ["--editable", tree(folder / "tree")]
+    if request.param == "editable":
+        what = ["--editable", tree(folder / "tree")]
+    else:
+        what = [*request.getfixturevalue("release").glob("*.whl")]
     run(sys.executable, "-m", "pip", "--python", folder / PYTHON, "install", *OFFLINE, *what, cwd=folder)
     return folder
 

@@ -22,8 +22,9 @@ namespace w4a16_cpu {
 namespace {
 
 struct Avx2 {
-  static constexpr int L = 8, kUnits = 8, kRows = 2, kDirectBlock = 4, kPanelFrom = 16, kPanelRows = 4, kPanelVectors = 3;
+  static constexpr int L = 8, kUnits = 8, kDirectRows = 4, kPanelFrom = 12, kPanelRows = 4, kPanelVectors = 3;
   static constexpr int kMaxCols = kPanelVectors * L;
+  static constexpr int direct_columns(int rows) { return rows == 1 ? 4 : 2; }
   static constexpr bool kPairs = false;
   using F = __m256;
   using I = __m256i;
@@ -64,7 +65,6 @@ struct Avx2 {
 
   static I load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
   static void store_words(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<I*>(p), v); }
-  static void prefetch(const int32_t* p) { __builtin_prefetch(p); }
   static void transpose(I* v) {
     I a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
@@ -82,14 +82,15 @@ struct Avx2 {
     }
   }
 
-  static Z zero_uniform(float z) { return set1(z); }
+  static F encode_zeros(F z) { return z; }
+  static Z zero_uniform(const float* z) { return set1(*z); }
   static Z zero_lanes(F z) { return z; }
   template <bool Uniform>
   static W decode(I words, int u, Z z) {
     return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, 4 * u), _mm256_set1_epi32(15))), z);
   }
   static W load_unit(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
-  static W broadcast_unit(const uint32_t* p) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(p)); }
+  static W broadcast_unit(const uint32_t* p) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(*p))); }
   static void store_unit(uint32_t* p, W w) { store(reinterpret_cast<float*>(p), w); }
   static F first(W w, W x) { return _mm256_mul_ps(w, x); }
   static F mac(F sum, W w, W x) { return fma(w, x, sum); }

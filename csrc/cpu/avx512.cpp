@@ -21,15 +21,17 @@ namespace w4a16_cpu {
 namespace {
 
 struct Avx512 : Avx512Base {
-  static constexpr int kUnits = 8, kRows = 4, kDirectBlock = 4, kPanelFrom = 16, kPanelRows = 8, kPanelVectors = 3;
+  static constexpr int kUnits = 8, kDirectRows = 6, kPanelFrom = 16, kPanelRows = 8, kPanelVectors = 3;
   static constexpr int kMaxCols = kPanelVectors * L;
+  static constexpr int direct_columns(int rows) { return rows <= 2 ? 4 : 2; }
   static constexpr bool kPairs = false;
   using W = F;
   using Z = F;
 
   static F codes() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static F encode_zeros(F z) { return z; }
   // One zero for all lanes: decoding is a look-up in the table of the 16 values (the index is the low four bits of a lane).
-  static Z zero_uniform(float z) { return _mm512_sub_ps(codes(), set1(z)); }
+  static Z zero_uniform(const float* z) { return _mm512_sub_ps(codes(), set1(*z)); }
   static Z zero_lanes(F z) { return z; }
   template <bool Uniform>
   static W decode(I words, int u, Z z) {
@@ -38,7 +40,7 @@ struct Avx512 : Avx512Base {
     return _mm512_sub_ps(_mm512_permutexvar_ps(index, codes()), z);
   }
   static W load_unit(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
-  static W broadcast_unit(const uint32_t* p) { return set1(*reinterpret_cast<const float*>(p)); }
+  static W broadcast_unit(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(*p))); }
   static void store_unit(uint32_t* p, W w) { store(reinterpret_cast<float*>(p), w); }
   static F first(W w, W x) { return _mm512_mul_ps(w, x); }
   static F mac(F sum, W w, W x) { return fma(w, x, sum); }

@@ -41,7 +41,6 @@ struct Avx512Base {
 
   static I load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_words(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
-  static void prefetch(const int32_t* p) { __builtin_prefetch(p); }
   static void transpose(I* v) {
     I a[16], b[16];
     for (int i = 0; i < 16; i += 2) {

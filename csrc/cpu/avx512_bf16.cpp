@@ -30,22 +30,25 @@ alignas(64) const uint16_t kSigned[32] = {
     0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
 
 struct Avx512Bf16 : Avx512Base {
-  static constexpr int kUnits = 4, kRows = 4, kDirectBlock = 4, kPanelFrom = 16, kPanelRows = 8, kPanelVectors = 3;
+  static constexpr int kUnits = 4, kDirectRows = 6, kPanelFrom = 13, kPanelRows = 8, kPanelVectors = 3;
   static constexpr int kMaxCols = kPanelVectors * L;
+  static constexpr int direct_columns(int rows) { return rows <= 2 ? 4 : 2; }
   static constexpr bool kPairs = true;
   using W = I;
   using Z = I;
 
+  // As an integer, in both halves of a lane.
+  static F encode_zeros(F z) {
+    const I integer = _mm512_cvtps_epi32(z);
+    return _mm512_castsi512_ps(_mm512_or_si512(integer, _mm512_slli_epi32(integer, 16)));
+  }
   // One zero for all lanes: a table of the 16 values, twice, so that the fifth bit of an index does not matter: it is the lowest
   // bit of the next code.
-  static Z zero_uniform(float z) {
-    const I index = _mm512_sub_epi16(_mm512_load_si512(kIota), _mm512_set1_epi16(static_cast<int16_t>(z)));
-    return _mm512_permutexvar_epi16(index, _mm512_load_si512(kSigned));
+  static Z zero_uniform(const float* z) {
+    const I zeros = _mm512_castps_si512(set1(*z));
+    return _mm512_permutexvar_epi16(_mm512_sub_epi16(_mm512_load_si512(kIota), zeros), _mm512_load_si512(kSigned));
   }
-  static Z zero_lanes(F z) {
-    const I integer = _mm512_cvtps_epi32(z);
-    return _mm512_or_si512(integer, _mm512_slli_epi32(integer, 16));
-  }
+  static Z zero_lanes(F z) { return _mm512_castps_si512(z); }
   // A pair: the codes of nibbles u and u + 4.
   template <bool Uniform>
   static W decode(I words, int u, Z z) {

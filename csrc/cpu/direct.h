@@ -6,6 +6,8 @@
 namespace w4a16_cpu {
 namespace {
 
+constexpr int64_t kUnit = 16;  // rows of the weight: what a thread takes at a time
+
 // How the groups lie in the steps. Either a step lies in one group, or each lane looks its group up among the step's
 // `per_step` ones. Groups that fit neither way are spread out, one scale a word.
 template <class P>
@@ -46,15 +48,16 @@ void load_row_groups(const Call& call, const Grouping<P>& grouping, int64_t row,
   }
 }
 
-// sums[m * stride + r] of MB rows of x and P::kRows rows of the weight.
-template <class P, int MB, bool Uniform>
+// sums[m * kUnit + r] of MB rows of x and NR rows of the weight.
+template <class P, int MB, int NR, bool Uniform>
 void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64_t words, const float* scale, const float* zero,
-                 const uint32_t* x, float* sums, int64_t stride) {
-  constexpr int NR = P::kRows;
-  const int64_t x_stride = grouping.steps * P::L * P::kUnits, g_stride = grouping.stride();
+                 const uint32_t* x, float* sums) {
+  const int64_t g_stride = grouping.stride();
   const auto lane_group = P::load_words(grouping.lane_group);
   typename P::F acc[MB][NR];
+#pragma GCC unroll 8
   for (int m = 0; m < MB; ++m)
+#pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) acc[m][r] = P::zero();
 
   int64_t g = 0, left = grouping.steps_per_group;
@@ -62,20 +65,21 @@ void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64
     typename P::I word[NR];
     typename P::Z z[NR];
     const int64_t first = step * P::L, count = smaller(P::L, words - first);
+#pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) {
       if (__builtin_expect(count == P::L, 1)) {
         word[r] = P::load_words(codes[r] + first);
-        P::prefetch(codes[r] + first + NR * words);
+        prefetch(codes[0] + NR * words + (step * NR + r) * P::L);  // the next NR rows, in the order of memory
       } else {
         alignas(64) int32_t tail[P::L] = {};
         memcpy(tail, codes[r] + first, count * 4);
         word[r] = P::load_words(tail);
       }
       const float* zr = zero + r * g_stride + g;
-      z[r] = Uniform ? P::zero_uniform(*zr) : P::zero_lanes(P::permute(P::load(zr), lane_group));
+      z[r] = Uniform ? P::zero_uniform(zr) : P::zero_lanes(P::permute(P::load(zr), lane_group));
     }
     typename P::F sum[MB][NR];
-    const uint32_t* xs = x + step * P::L * P::kUnits;
+    const uint32_t* xs = x + step * P::kUnits * MB * P::L;
 #pragma GCC unroll 8
     for (int u = 0; u < P::kUnits; ++u) {
 #pragma GCC unroll 8
@@ -83,7 +87,7 @@ void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64
         const typename P::W w = P::template decode<Uniform>(word[r], u, z[r]);
 #pragma GCC unroll 8
         for (int m = 0; m < MB; ++m) {
-          const typename P::W xv = P::load_unit(xs + m * x_stride + u * P::L);
+          const typename P::W xv = P::load_unit(xs + (u * MB + m) * P::L);
           sum[m][r] = u == 0 ? P::first(w, xv) : P::mac(sum[m][r], w, xv);
         }
       }
@@ -100,33 +104,42 @@ void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64
       left = grouping.steps_per_group;
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < MB; ++m)
-    for (int r = 0; r < NR; ++r) sums[m * stride + r] = P::sum(acc[m][r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < NR; ++r) sums[m * kUnit + r] = P::sum(acc[m][r]);
 }
 
-template <class P, bool Uniform, int MB = P::kDirectBlock>
-void direct_rows(int64_t rows, const Grouping<P>& grouping, const int32_t* const* codes, int64_t words, const float* scale,
-                 const float* zero, const uint32_t* x, float* sums, int64_t stride) {
-  if constexpr (MB > 0) {
-    if (rows < MB) return direct_rows<P, Uniform, MB - 1>(rows, grouping, codes, words, scale, zero, x, sums, stride);
-    direct_tile<P, MB, Uniform>(grouping, codes, words, scale, zero, x, sums, stride);
+// The same for `rows` <= MB rows of x and kUnit rows of the weight, NR at a time: as many as the registers hold sums of.
+template <class P, bool Uniform, int MB = P::kDirectRows>
+void direct_unit(int64_t rows, const Grouping<P>& grouping, const int32_t* const* codes, int64_t words, const float* scale,
+                 const float* zero, const uint32_t* x, float* sums) {
+  if constexpr (MB > 1) {
+    if (rows < MB) return direct_unit<P, Uniform, MB - 1>(rows, grouping, codes, words, scale, zero, x, sums);
+  }
+  constexpr int NR = P::direct_columns(MB);
+  for (int64_t i = 0; i < kUnit; i += NR) {
+    const int64_t g = i * grouping.stride();
+    direct_tile<P, MB, NR, Uniform>(grouping, codes + i, words, scale + g, zero + g, x, sums + i);
   }
 }
 
-// x in steps: [M, steps, P::kUnits, P::L].
+// x in units, block after block: [steps, P::kUnits, rows of the block, P::L].
 template <class P>
-void lay_out_steps(const Call& call, const Grouping<P>& grouping, uint32_t* dst) {
-  const int64_t words = call.K / 8, stride = grouping.steps * P::L * P::kUnits;
+void lay_out_steps(const Call& call, const Grouping<P>& grouping, const Blocks& blocks, uint32_t* dst) {
+  const int64_t words = call.K / 8, row_units = grouping.steps * P::kUnits * P::L;
   run_parallel(call.M, div_up(1 << 14, call.K), [&](int64_t begin, int64_t end) {
     Buffer<float> scratch(call.K + P::L);
     for (int64_t m = begin; m < end; ++m) {
       const void* row = x_row<P>(call, m, scratch);
-      for (int64_t step = 0; step < grouping.steps; ++step) {
-        uint32_t* out = dst + m * stride + step * P::L * P::kUnits;
-        const int64_t first = step * P::L, count = smaller(P::L, words - first);
-        if (count < P::L) memset(out, 0, P::L * P::kUnits * 4);
-        for (int u = 0; u < P::kUnits; ++u)
-          for (int64_t i = 0; i < count; ++i) out[u * P::L + i] = x_unit<P>(row, first + i, u);
+      const int64_t b = m / blocks.block, stride = blocks.size(b) * P::L;
+      uint32_t* out = dst + b * blocks.block * row_units + m % blocks.block * P::L;
+      for (int64_t first = 0; first < grouping.steps * P::L; first += P::L) {
+        const int64_t count = smaller(P::L, words - first);
+        for (int u = 0; u < P::kUnits; ++u, out += stride) {
+          for (int64_t i = 0; i < count; ++i) out[i] = x_unit<P>(row, first + i, u);
+          for (int64_t i = count; i < P::L; ++i) out[i] = 0;
+        }
       }
     }
   });
@@ -134,33 +147,27 @@ void lay_out_steps(const Call& call, const Grouping<P>& grouping, uint32_t* dst)
 
 template <class P>
 void linear_direct(const Call& call) {
-  constexpr int64_t kUnit = 16;  // rows of the weight: what a thread takes at a time
-  static_assert(kUnit % P::kRows == 0 && kUnit % P::L == 0 && kUnit <= P::kMaxCols);
+  static_assert(kUnit % P::L == 0 && kUnit <= P::kMaxCols);
   const Grouping<P> grouping(call);
-  const int64_t words = call.K / 8, x_stride = grouping.steps * P::L * P::kUnits;
-  Buffer<uint32_t> x(call.M * x_stride);
-  lay_out_steps<P>(call, grouping, x);
+  const Blocks blocks(call.M, P::kDirectRows);
+  const int64_t words = call.K / 8, row_units = grouping.steps * P::kUnits * P::L;
+  Buffer<uint32_t> x(call.M * row_units);
+  lay_out_steps<P>(call, grouping, blocks, x);
 
-  const int64_t units = div_up(call.N, kUnit), grain = div_up(1 << 16, kUnit * call.K * call.M);
-  run_parallel(units, grain, [&](int64_t begin, int64_t end) {
-    Buffer<float> groups(2 * P::kRows * grouping.stride()), scratch(2 * (call.K / call.group + P::L)), sums(call.M * kUnit);
-    float *scale = groups, *zero = groups + P::kRows * grouping.stride();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n0 = unit * kUnit, cols = smaller(kUnit, call.N - n0);
-      for (int64_t i = 0; i < cols; i += P::kRows) {
-        const int32_t* codes[P::kRows];
-        for (int r = 0; r < P::kRows; ++r) {
-          const int64_t row = smaller(n0 + i + r, call.N - 1);  // past the end: the last row again, not stored
-          codes[r] = call.codes + row * words;
-          load_row_groups<P>(call, grouping, row, scratch, scale + r * grouping.stride(), zero + r * grouping.stride());
-        }
-        for (int64_t m = 0; m < call.M; m += P::kDirectBlock) {
-          const int64_t rows = smaller(P::kDirectBlock, call.M - m);
-          auto* tile = grouping.uniform ? &direct_rows<P, true> : &direct_rows<P, false>;
-          tile(rows, grouping, codes, words, scale, zero, x + m * x_stride, sums + m * kUnit + i, kUnit);
-        }
+  const auto unit = grouping.uniform ? &direct_unit<P, true> : &direct_unit<P, false>;
+  run_parallel(div_up(call.N, kUnit), div_up(1 << 16, kUnit * call.K * call.M), [&](int64_t begin, int64_t end) {
+    const int64_t stride = grouping.stride();
+    Buffer<float> scale(kUnit * stride), zero(kUnit * stride), scratch(2 * (call.K / call.group + P::L)), sums(call.M * kUnit);
+    for (int64_t n0 = begin * kUnit; n0 < end * kUnit; n0 += kUnit) {
+      const int32_t* codes[kUnit];
+      for (int r = 0; r < kUnit; ++r) {
+        const int64_t row = smaller(n0 + r, call.N - 1);  // past the end: the last row again, not stored
+        codes[r] = call.codes + row * words;
+        load_row_groups<P>(call, grouping, row, scratch, scale + r * stride, zero + r * stride);
       }
-      emit<P>(call, sums, kUnit, 0, call.M, n0, cols);
+      for (int64_t b = 0, m = 0; b < blocks.count(); ++b, m += blocks.block)
+        unit(blocks.size(b), grouping, codes, words, scale, zero, x + m * row_units, sums + m * kUnit);
+      emit<P>(call, sums, kUnit, 0, call.M, n0, smaller(kUnit, call.N - n0));
     }
   });
 }

@@ -26,6 +26,9 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Into L2: past its end a stream of words is not worth a place in L1.
+inline void prefetch(const int32_t* p) { __builtin_prefetch(p, 0, 2); }
+
 template <class T>
 class Buffer {
  public:
@@ -75,16 +78,17 @@ void widen(const void* base, Dtype dtype, int64_t begin, int64_t count, float* d
   P::store(dst + i, load_as_float<P>(tail, dtype));
 }
 
-// Scales and zeros of groups first..first+count of one row, in float32, padded as by widen.
+// Scales and zeros of groups first..first+count of one row, in float32 and in P's own form, padded as by widen.
 template <class P>
 void load_groups(const Call& call, int64_t row, int64_t first, int64_t count, float* scale, float* zero) {
   const int64_t begin = row * (call.K / call.group) + first;
   widen<P>(call.scales, call.scale_dtype, begin, count, scale);
   if (call.zeros == nullptr) {
-    for (int64_t i = 0; i < count; ++i) zero[i] = 8.0f;
+    for (int64_t i = 0; i < count; i += P::L) P::store(zero + i, P::encode_zeros(P::set1(8.0f)));
     return;
   }
   widen<P>(call.zeros, call.zero_dtype, begin, count, zero);
+  for (int64_t i = 0; i < count; i += P::L) P::store(zero + i, P::encode_zeros(P::load(zero + i)));
   if (call.zero_dtype != Dtype::u8) return;
   const uint8_t* stored = static_cast<const uint8_t*>(call.zeros) + begin;
   uint8_t highest = 0;
@@ -114,6 +118,14 @@ uint32_t x_unit(const void* row, int64_t word, int u) {
     return bits;
   }
 }
+
+// Rows of x in equal blocks of at most `most`; the last one may be smaller.
+struct Blocks {
+  int64_t rows, block;
+  Blocks(int64_t rows, int64_t most) : rows(rows), block(div_up(rows, div_up(rows, most))) {}
+  int64_t count() const { return div_up(rows, block); }
+  int64_t size(int64_t b) const { return smaller(block, rows - b * block); }
+};
 
 // Adds the bias and rounds, once: sums [rows, stride] -> out[m0.., n0..n0+cols).
 template <class P>

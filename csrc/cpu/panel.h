@@ -17,6 +17,7 @@ void load_columns(const int32_t* const* rows, int64_t first, int64_t count, int3
     const int64_t width = smaller(P::L, count - j);
     for (int i = 0; i < P::L; ++i) {
       if (width == P::L) {
+        prefetch(rows[i] + first + j + kBlockK / 8);  // for the next panel along K
         block[i] = P::load_words(rows[i] + first + j);
       } else {
         alignas(64) int32_t tail[P::L] = {};
@@ -29,38 +30,48 @@ void load_columns(const int32_t* const* rows, int64_t first, int64_t count, int3
   }
 }
 
-// The words [first, first + count) of the weight rows n0.., as code - zero: [count, P::kUnits, NV, P::L] 32-bit units; and the
-// scales of the groups in that range, [groups, NV * P::L].
+// The weight rows n0.. as code - zero, for a range of K: [words, P::kUnits, columns] 32-bit units, a column for each row.
 template <class P>
 struct Panel {
+  const Call& call;
+  int64_t n0 = 0, columns = 0;
   Buffer<uint32_t> units{kBlockK / 8 * P::kUnits * P::kMaxCols};
-  Buffer<float> scale{(kBlockK / 8 + 1) * P::kMaxCols}, zero{(kBlockK / 8 + 1) * P::kMaxCols};
-  Buffer<float> row_scale{kBlockK / 8 + 1 + P::L}, row_zero{kBlockK / 8 + 1 + P::L};
-  Buffer<int32_t> columns{kBlockK / 8 * P::L};
+  Buffer<float> scale{call.K / call.group * P::kMaxCols}, zero{call.K / call.group * P::kMaxCols};  // [groups, columns]
+  Buffer<float> row_scale{call.K / call.group + P::L}, row_zero{call.K / call.group + P::L};
+  Buffer<int32_t> words{kBlockK / 8 * P::L};
 
-  void decode(const Call& call, int64_t n0, int vectors, int64_t first, int64_t count) {
-    const int64_t first_group = first * 8 / call.group, groups = (first + count - 1) * 8 / call.group - first_group + 1;
-    const int64_t cols = vectors * P::L;
-    for (int64_t i = 0; i < cols; ++i) {
-      load_groups<P>(call, smaller(n0 + i, call.N - 1), first_group, groups, row_scale, row_zero);
+  explicit Panel(const Call& call) : call(call) {}
+
+  // Columns past the end of the weight repeat its last row; what they give is not stored.
+  int64_t row_of(int64_t column) const { return smaller(n0 + column, call.N - 1); }
+
+  void begin(int64_t n) {
+    n0 = n;
+    columns = div_up(smaller(P::kMaxCols, call.N - n0), P::L) * P::L;
+    const int64_t groups = call.K / call.group;
+    for (int64_t i = 0; i < columns; ++i) {
+      load_groups<P>(call, row_of(i), 0, groups, row_scale, row_zero);
       for (int64_t g = 0; g < groups; ++g) {
-        scale[g * cols + i] = row_scale[g];
-        zero[g * cols + i] = row_zero[g];
+        scale[g * columns + i] = row_scale[g];
+        zero[g * columns + i] = row_zero[g];
       }
     }
-    for (int v = 0; v < vectors; ++v) {
+  }
+
+  // Words first..last of K.
+  void decode(int64_t first, int64_t last) {
+    for (int64_t c = 0; c < columns; c += P::L) {
       const int32_t* rows[P::L];
-      for (int i = 0; i < P::L; ++i) rows[i] = call.codes + smaller(n0 + v * P::L + i, call.N - 1) * (call.K / 8);
-      load_columns<P>(rows, first, count, columns);
-      for (int64_t g = 0; g < groups; ++g) {
-        const typename P::Z z = P::zero_lanes(P::load(zero + g * cols + v * P::L));
-        const int64_t begin = larger(0, (first_group + g) * call.group / 8 - first);
-        const int64_t end = smaller(count, (first_group + g + 1) * call.group / 8 - first);
-        for (int64_t j = begin; j < end; ++j) {
-          const typename P::I word = P::load_words(columns + j * P::L);
+      for (int i = 0; i < P::L; ++i) rows[i] = call.codes + row_of(c + i) * (call.K / 8);
+      load_columns<P>(rows, first, last - first, words);
+      for (int64_t j = first; j < last;) {
+        const int64_t g = j * 8 / call.group, end = smaller(last, (g + 1) * call.group / 8);
+        const typename P::Z z = P::zero_lanes(P::load(zero + g * columns + c));
+        for (; j < end; ++j) {
+          const typename P::I word = P::load_words(words + (j - first) * P::L);
 #pragma GCC unroll 8
           for (int u = 0; u < P::kUnits; ++u)
-            P::store_unit(units + (j * P::kUnits + u) * cols + v * P::L, P::template decode<false>(word, u, z));
+            P::store_unit(units + ((j - first) * P::kUnits + u) * columns + c, P::template decode<false>(word, u, z));
         }
       }
     }
@@ -109,13 +120,7 @@ Tile tile_of(int64_t rows, int64_t vectors) {
   else return vectors == NV ? tile_of_rows<P, NV>(rows) : tile_of<P, NV - 1>(rows, vectors);
 }
 
-// `rows` rows of x in blocks of `block`: block b is [K / 8 * P::kUnits, its own rows].
-struct Blocks {
-  int64_t rows, block;
-  int64_t count() const { return div_up(rows, block); }
-  int64_t size(int64_t b) const { return smaller(block, rows - b * block); }
-};
-
+// Rows m0.. of x in units, block after block: [K / 8, P::kUnits, rows of the block].
 template <class P>
 void lay_out_blocks(const Call& call, int64_t m0, const Blocks& blocks, uint32_t* dst) {
   const int64_t words = call.K / 8;
@@ -133,30 +138,29 @@ void lay_out_blocks(const Call& call, int64_t m0, const Blocks& blocks, uint32_t
   });
 }
 
-// Rows m0.. of the result for the blocks first..last and the weight rows n0.. of one panel.
+// Rows m0.. of the result, for the blocks first..last and the columns of the panel.
 template <class P>
 void multiply_panel(const Call& call, Panel<P>& panel, const uint32_t* x, int64_t m0, const Blocks& blocks, int64_t first,
-                    int64_t last, int64_t n0, float* sums) {
-  const int64_t cols = smaller(P::kMaxCols, call.N - n0), vectors = div_up(cols, P::L), stride = vectors * P::L;
-  const int64_t words = call.K / 8, rows = smaller(blocks.rows, last * blocks.block) - first * blocks.block;
-  memset(sums, 0, rows * stride * sizeof(float));
+                    int64_t last, float* sums) {
+  const int64_t words = call.K / 8, columns = panel.columns;
+  const int64_t rows = smaller(blocks.rows, last * blocks.block) - first * blocks.block;
+  memset(sums, 0, rows * columns * sizeof(float));
   for (int64_t k = 0; k < words; k += kBlockK / 8) {
-    const int64_t count = smaller(kBlockK / 8, words - k);
-    panel.decode(call, n0, static_cast<int>(vectors), k, count);
+    const int64_t k_end = smaller(words, k + kBlockK / 8);
+    panel.decode(k, k_end);
     for (int64_t b = first; b < last; ++b) {
       const int64_t size = blocks.size(b);
-      const Tile tile = tile_of<P>(size, vectors);
+      const Tile tile = tile_of<P>(size, columns / P::L);
       const uint32_t* xb = x + b * blocks.block * words * P::kUnits;
-      const float* scale = panel.scale;
-      for (int64_t j = k; j < k + count; scale += stride) {
-        const int64_t end = smaller(k + count, (j * 8 / call.group + 1) * call.group / 8);
-        tile(panel.units + (j - k) * P::kUnits * stride, xb + j * P::kUnits * size, (end - j) * P::kUnits, scale,
-             sums + (b - first) * blocks.block * stride);
+      for (int64_t j = k; j < k_end;) {
+        const int64_t g = j * 8 / call.group, end = smaller(k_end, (g + 1) * call.group / 8);
+        tile(panel.units + (j - k) * P::kUnits * columns, xb + j * P::kUnits * size, (end - j) * P::kUnits,
+             panel.scale + g * columns, sums + (b - first) * blocks.block * columns);
         j = end;
       }
     }
   }
-  emit<P>(call, sums, stride, m0 + first * blocks.block, rows, n0, cols);
+  emit<P>(call, sums, columns, m0 + first * blocks.block, rows, panel.n0, smaller(columns, call.N - panel.n0));
 }
 
 template <class P>
@@ -165,19 +169,18 @@ void linear_panel(const Call& call) {
   const int64_t panels = div_up(call.N, P::kMaxCols), most = smaller(call.M, kBlockM);
   Buffer<uint32_t> x(most * call.K / 8 * P::kUnits);
   for (int64_t m0 = 0; m0 < call.M; m0 += kBlockM) {
-    const int64_t rows = smaller(kBlockM, call.M - m0);
-    const Blocks blocks{rows, div_up(rows, div_up(rows, P::kPanelRows))};
+    const Blocks blocks(smaller(kBlockM, call.M - m0), P::kPanelRows);
     lay_out_blocks<P>(call, m0, blocks, x);
     // Few panels: split the rows of x as well, at the price of decoding a panel more than once. No sum is split.
     const int64_t splits = smaller(blocks.count(), div_up(num_threads(), panels));
-    const int64_t grain = div_up(1 << 16, P::kMaxCols * call.K * div_up(rows, splits));
+    const int64_t grain = div_up(1 << 16, P::kMaxCols * call.K * div_up(blocks.rows, splits));
     run_parallel(panels * splits, grain, [&](int64_t begin, int64_t end) {
-      Panel<P> panel;
+      Panel<P> panel(call);
       Buffer<float> sums(kBlockM * P::kMaxCols);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t split = i % splits, n0 = i / splits * P::kMaxCols;
-        multiply_panel<P>(call, panel, x, m0, blocks, blocks.count() * split / splits, blocks.count() * (split + 1) / splits, n0,
-                          sums);
+        const int64_t split = i % splits, first = blocks.count() * split / splits, last = blocks.count() * (split + 1) / splits;
+        panel.begin(i / splits * P::kMaxCols);
+        multiply_panel<P>(call, panel, x, m0, blocks, first, last, sums);
       }
     });
   }

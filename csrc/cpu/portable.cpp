@@ -12,9 +12,9 @@ struct Portable {
   static constexpr int L = 4;                // lanes of a vector
   static constexpr int kUnits = 8;           // 32-bit units of x for one word of codes (8: float32, 4: pairs of bfloat16)
   static constexpr bool kPairs = false;      // whether units are pairs of bfloat16
-  static constexpr int kRows = 2;            // direct: rows of the weight at a time
-  static constexpr int kDirectBlock = 4;     //         rows of x at a time
-  static constexpr int kPanelFrom = 16;      // rows of x from which a panel pays
+  static constexpr int kDirectRows = 4;      // direct: rows of x at a time, and for so many
+  static constexpr int direct_columns(int rows) { return rows == 1 ? 4 : 2; }  // rows of the weight: 1, 2, 4, 8 or 16
+  static constexpr int kPanelFrom = 9;       // rows of x from which a panel pays
   static constexpr int kPanelRows = 4;       // panel: rows of x at a time
   static constexpr int kPanelVectors = 4;    //        vectors of weight rows at a time
   static constexpr int kMaxCols = kPanelVectors * L;
@@ -60,7 +60,6 @@ struct Portable {
 
   static I load_words(const int32_t* p) { return read<I>(p); }
   static void store_words(int32_t* p, I v) { memcpy(p, &v, sizeof(v)); }
-  static void prefetch(const int32_t* p) { __builtin_prefetch(p); }
   static void transpose(I* v) {
     for (int i = 0; i < L; ++i)
       for (int j = 0; j < i; ++j) {
@@ -70,8 +69,9 @@ struct Portable {
       }
   }
 
-  // Zeros for decode<true> (one for all lanes) and decode<false> (one a lane).
-  static Z zero_uniform(float z) { return set1(z); }
+  // Zeros in the form that suits decode, then for decode<true> (one for all lanes) and decode<false> (one a lane).
+  static F encode_zeros(F z) { return z; }
+  static Z zero_uniform(const float* z) { return set1(*z); }
   static Z zero_lanes(F z) { return z; }
   // Unit u of code - zero, exact.
   template <bool Uniform>

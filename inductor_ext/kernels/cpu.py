@@ -1,7 +1,7 @@
 """The CPU kernel: C++ (csrc/cpu) that reads the canonical layout as it is and never makes a dense weight.
 
-The library `_cpu*.so` beside the package is loaded at first use. It holds code for several instruction sets and takes the best one that the
-machine has.
+The library `_cpu*.so` beside the package is loaded at first use. It holds code for several instruction sets and takes
+the best one that the machine has.
 """
 
 from __future__ import annotations
@@ -60,4 +60,5 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tens
         raise RuntimeError(reason)
     if packed.order is not None:
         x = torch.empty_like(x).index_copy_(1, packed.order.long(), x)
-    return torch.ops.w4a16_cpu.linear(x, packed.qweight, packed.scales, packed.zeros, bias, group_size)
+    y: Tensor = torch.ops.w4a16_cpu.linear(x, packed.qweight, packed.scales, packed.zeros, bias, group_size)
+    return y

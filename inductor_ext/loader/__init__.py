@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from inductor_ext.loader.config import Plan
     from inductor_ext.loader.modules import PackedLinear
 
-__all__ = ["from_pretrained"]
+__all__ = ["find_folder", "from_pretrained"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -50,7 +50,7 @@ def from_pretrained(
     missing, surplus, misshapen or of a wrong dtype; FileNotFoundError for a path without a checkpoint; ImportError
     without transformers.
     """
-    _require("transformers", "safetensors")
+    folder = find_folder(path)
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from inductor_ext.loader.config import read_plan
@@ -58,7 +58,6 @@ def from_pretrained(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(map(str, DTYPES))}.")
-    folder = _folder(path)
     config = AutoConfig.from_pretrained(folder)
     quantization = getattr(config, "quantization_config", None)
     plan = read_plan(quantization)
@@ -94,7 +93,13 @@ def _require(*packages: str) -> None:
         )
 
 
-def _folder(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
+    """The folder of a checkpoint, downloaded from the hub if `path` is owner/name and no folder.
+
+    Raises FileNotFoundError for a path without a checkpoint, and what huggingface_hub raises (OSError) for a download
+    that fails.
+    """
+    _require("transformers", "safetensors")
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return folder

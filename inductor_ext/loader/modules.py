@@ -39,7 +39,7 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
-        """Codes int8 [N, K] in 0..15; zeros int8 [N, K/G] in 0..16, or 8; scales [N, K/G]."""
+        """Codes uint8 [N, K] in 0..15; zeros uint8 [N, K/G] in 0..16, or 8; scales [N, K/G]."""
         raise NotImplementedError
 
     def group_of_k(self) -> Tensor | None:
@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         return None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """W [N, K] in `dtype`: (code - zero) * scale, multiplied in `dtype` if the scales have it, else in float32."""
+        """W [N, K] in `dtype`: (code - zero) * scale, computed in `dtype` if the scales have it, else in float32."""
         codes, zeros, scales = self.codes_zeros_scales()
         group_of_k = self.group_of_k()
         if group_of_k is None:
@@ -57,7 +57,8 @@ class PackedLinear(nn.Module):
             scales = scales.index_select(1, group_of_k)
             zeros = zeros.index_select(1, group_of_k) if isinstance(zeros, Tensor) else zeros
         compute = dtype if scales.dtype == dtype else torch.float32
-        weight = (codes - zeros).to(compute) * scales.to(compute)
+        # Codes, zeros and their differences are small integers, exact in every float dtype.
+        weight = (codes.to(compute) - zeros) * scales.to(compute)
         return weight.reshape(self.out_features, self.in_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,10 +109,10 @@ class CompressedTensorsLinear(PackedLinear):
 
     def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
         n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        codes = SEQUENTIAL.unpack(self.weight_packed, 1, n, 8 * _words(k))[:, :k].view(torch.int8)
+        codes = SEQUENTIAL.unpack(self.weight_packed, 1, n, 8 * _words(k))[:, :k]
         if self.symmetric:
             return codes, 8, self.weight_scale
-        zeros = SEQUENTIAL.unpack(self.weight_zero_point, 0, 8 * _words(n), groups)[:n].view(torch.int8)
+        zeros = SEQUENTIAL.unpack(self.weight_zero_point, 0, 8 * _words(n), groups)[:n]
         return codes, zeros, self.weight_scale
 
     def group_of_k(self) -> Tensor | None:
@@ -148,8 +149,8 @@ class GPTQLinear(PackedLinear):
 
     def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
         n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        codes = SEQUENTIAL.unpack(self.qweight, 0, k, n).view(torch.int8)
-        zeros = SEQUENTIAL.unpack(self.qzeros, 1, groups, n).view(torch.int8) + self.zero_offset
+        codes = SEQUENTIAL.unpack(self.qweight, 0, k, n)
+        zeros = SEQUENTIAL.unpack(self.qzeros, 1, groups, n) + self.zero_offset
         return codes.t(), zeros.t(), self.scales.t()
 
     def group_of_k(self) -> Tensor | None:
@@ -176,8 +177,8 @@ class AWQLinear(PackedLinear):
 
     def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
         n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        codes = EXLLAMA.unpack(self.qweight, 1, k, n).view(torch.int8)
-        zeros = EXLLAMA.unpack(self.qzeros, 1, groups, n).view(torch.int8)
+        codes = EXLLAMA.unpack(self.qweight, 1, k, n)
+        zeros = EXLLAMA.unpack(self.qzeros, 1, groups, n)
         return codes.t(), zeros.t(), self.scales.t()
 
 

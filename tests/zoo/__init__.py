@@ -1,6 +1,6 @@
 """The zoo: "dequantise int4, then matmul" as people and libraries write it, and the near misses.
 
-The libraries' computations are written anew from what their graphs compute; test_libraries.py runs the libraries themselves.
+What libraries compute is written anew from their graphs; test_libraries.py runs the libraries themselves.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""One packing, bytes along K, and the many ways from codes to weights: rounding orders, and how scales are laid out and spread."""
+"""One packing, bytes along K, and the many ways from codes to weights: rounding orders, and how scales are kept and spread."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _(d: Draw) -> Made:
     return layer, d.dense(scales=scale.expand_as(d.scales))
 
 
-@positive("one scale for the whole weight, a number")
+@either("one scale for the whole weight, a number")
 def _(d: Draw) -> Made:
     packed = pack(d.codes, 1, torch.uint8)
     layer = Layer(d, lambda m: (codes(m).to(m.dtype) - 8) * 0.03125, packed=packed)
@@ -185,7 +185,7 @@ def _(d: Draw) -> Made:
     return Layer(d, dequant, packed=pack(d.codes, 1, torch.uint8), scales=scales), d.dense(scales=scales)
 
 
-@positive("scales and zeros in one tensor")
+@either("scales and zeros in one tensor")
 def _(d: Draw) -> Made:
     def dequant(m: Any) -> Tensor:
         scales, zeros = m.qparams[..., :1], m.qparams[..., 1:]
@@ -204,7 +204,7 @@ def _(d: Draw) -> Made:
     return Layer(d, dequant, packed=pack(d.codes, 1, torch.uint8), zero=zero, scales=d.scales), d.dense(5)
 
 
-@positive("constant zero 7.5")
+@either("constant zero 7.5")
 def _(d: Draw) -> Made:
     def dequant(m: Any) -> Tensor:
         return ((codes(m).view(m.N, -1, m.group).to(m.dtype) - 7.5) * m.scales.unsqueeze(-1)).view(m.N, m.K)

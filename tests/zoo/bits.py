@@ -1,6 +1,6 @@
-"""Codes packed by hand: in bytes along K or N, as pairs or halves, low or high nibble first, signed; and in wider words.
+"""Codes packed by hand: in bytes along K or N, pairs or halves, low or high nibble first, signed; and in wider words.
 
-Each entry is a packing and the function that undoes it; groups, scales and the constant zero 8 are those of ``grouped``.
+Each entry is a packing and the function that undoes it; groups, scales and the zero, 8, are those of ``grouped``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.base import Draw, Layer, Made, pack, positive, times_kn
+from zoo.base import Draw, Layer, Made, either, pack, positive, times_kn
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 
@@ -124,7 +124,7 @@ def _(d: Draw) -> Made:
     return Layer(d, dequant, qweight=pack(d.codes.T, 0), scales=d.scales.T), d.dense()
 
 
-@positive("gptq act-order, rows gathered from the dequantised weight")
+@either("gptq act-order, rows gathered from the dequantised weight")
 def _(d: Draw) -> Made:
     """Stored with the groups made contiguous, as exllama's loader does, and brought back by index."""
     order = torch.argsort(d.g_idx, stable=True)

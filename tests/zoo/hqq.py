@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.base import Draw, Layer, Made, linear, pack, positive
+from zoo.base import Draw, Layer, Made, either, linear, pack, positive
 
 
 def float_zeros(d: Draw) -> Tensor:
@@ -105,7 +105,17 @@ def codes(m: Any) -> Tensor:
 
 @positive("float zeros added after scaling: (q - 8) * s + b", core=True)
 def _(d: Draw) -> Made:
-    """As tinygemm has it: scale and zero of a group side by side."""
+    def dequant(m: Any) -> Tensor:
+        w = (codes(m).to(m.dtype) - 8) * m.scales.unsqueeze(-1) + m.shift.unsqueeze(-1)
+        return w.view(m.N, m.K)
+
+    b = d.floats(*d.scales.shape)
+    layer = Layer(d, dequant, packed=pack(d.codes, 1, torch.uint8), scales=d.scales, shift=b)
+    return layer, d.dense() + b.double().repeat_interleave(d.group, 1)
+
+
+@either("tinygemm: scale and float zero of a group side by side")
+def _(d: Draw) -> Made:
 
     def dequant(m: Any) -> Tensor:
         scale, zero = m.scales_and_zeros.unbind(-1)

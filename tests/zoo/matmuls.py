@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.base import Build, Draw, Layer, Made, grouped, linear, pack, positive
+from zoo.base import Build, Draw, Layer, Made, either, grouped, linear, pack, positive
 
 
 def nk(m: Any) -> Tensor:
@@ -82,7 +82,6 @@ over_nk('einsum "bmk,nk->bmn"', leading=BATCHES)(lambda m, x, w: torch.einsum("b
 over_nk('einsum "mk,nk->mn"', leading=MATRIX, core=True)(lambda m, x, w: torch.einsum("mk,nk->mn", x, w))
 over_nk('einsum "nk,mk->mn", weight first', leading=MATRIX)(lambda m, x, w: torch.einsum("nk,mk->mn", w, x))
 over_nk('einsum "...k,nk->...n"')(lambda m, x, w: torch.einsum("...k,nk->...n", x, w))
-over_nk("(w @ x.T).T", leading=MATRIX)(lambda m, x, w: (w @ x.T).T)
 over_nk("F.linear of x scaled before")(lambda m, x, w: F.linear(x * 2, w) * 0.5)
 
 over_kn("x @ w, w [K, N]", core=True)(lambda m, x, w: x @ w)
@@ -164,7 +163,7 @@ class Split(Layer):
         return (x.double() @ dense.T).roll(self.N // 4, dims=-1)
 
 
-@positive("one packed weight, cut by rows for three users", rewritten=3)
+@either("one packed weight, cut by rows for three users")
 def _(d: Draw) -> Made:
     return Split(d, nk, packed=pack(d.codes, 1, torch.uint8), scales=d.scales), d.dense()
 

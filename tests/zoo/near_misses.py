@@ -47,7 +47,7 @@ def signed_columns(d: Draw, columns: Tensor) -> Tensor:
     return torch.where(columns & (d.codes > 7), d.codes - 16, d.codes)
 
 
-BOOK = "code book|affine|codes"
+BOOK = "code book|affine|codes|depends on where|bit order"
 
 
 @misread("masked with 7", BOOK, lambda d: d.codes % 8 - 8)
@@ -175,8 +175,8 @@ changed("clamped to what float8 holds", BOOK, lambda w, m: w.clamp(-0.2, 0.2))
 changed("one element set", "affine|zero|scale|code|group", lambda w, m: torch.where(_first(m), 0.0, w))
 changed("lower triangle", "scale|group|mask", lambda w, m: w.tril())
 changed("rows divided by their norm", "scale|code|affine|mixes", lambda w, m: w / w.norm(dim=1, keepdim=True))
-changed("columns averaged in pairs", BOOK + "|mixes|nibble", lambda w, m: (w + w.roll(1, dims=1)) / 2)
-changed("the cumulative sum", BOOK + "|mixes|nibble", lambda w, m: w.cumsum(dim=1))
+changed("columns averaged in pairs", BOOK + "|scale|group", lambda w, m: (w + w.roll(1, dims=1)) / 2)
+changed("the cumulative sum", BOOK + "|scale|group", lambda w, m: w.cumsum(dim=1))
 
 
 def _first(m: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What must be left alone: values beyond 4 bits, scales stored otherwise, weights that depend on more than stored tensors."""
+"""What must be left alone: values beyond 4 bits, scales stored otherwise, weights made of more than stored tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.base import Draw, Layer, Made, grouped, linear, negative, pack
+from zoo.base import Draw, Layer, Made, grouped, linear, negative, pack, positive
 
 
 def codes(m: Any) -> Tensor:
@@ -106,7 +106,7 @@ class PartialSums(Layer):
         return torch.einsum("...gn,ng->...n", parts, self.scales)
 
 
-@negative("scales on partial sums of the groups", "scale|form|batch|group")
+@negative("scales on partial sums of the groups", "scale|form|batch|group|einsum")
 def _(d: Draw) -> Made:
     return PartialSums(d, codes, **packed(d)), d.dense()
 
@@ -198,6 +198,11 @@ def _(d: Draw) -> Made:
     return Layer(d, dequant, **packed(d)), d.dense(scales=scales)
 
 
+@negative("the weight on the left: (w @ x.T).T", "left", leading=((5,),))
+def _(d: Draw) -> Made:
+    return Layer(d, weight, matmul=lambda m, x, w: (w @ x.T).T, **packed(d)), d.dense()
+
+
 @negative("a low-rank product added to the weight", "matmul|affine|added")
 def _(d: Draw) -> Made:
     def dequant(m: Any) -> Tensor:
@@ -230,7 +235,20 @@ def _(d: Draw) -> Made:
 @negative("scales that are trained", "grad|train", core=True)
 def _(d: Draw) -> Made:
     """A rewrite would lose their gradient."""
-    layer = Layer(d, weight, **packed(d))
+    return trained(Layer(d, weight, **packed(d))), d.dense()
+
+
+@positive("scales that could be trained, under no_grad")
+def _(d: Draw) -> Made:
+    def dequant(m: Any) -> Tensor:
+        with torch.no_grad():
+            return weight(m)
+
+    return trained(Layer(d, dequant, **packed(d))), d.dense()
+
+
+def trained(layer: Layer) -> Layer:
+    scales = layer.scales
     del layer.scales
-    layer.scales = torch.nn.Parameter(d.scales)
-    return layer, d.dense()
+    layer.scales = torch.nn.Parameter(scales)
+    return layer

@@ -1,0 +1,91 @@
+"""Every spelling of the zoo is rewritten, and computes what its codes, zeros and scales stand for."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from zoo import EITHER, POSITIVES, Idiom
+from zoo.base import distance, given
+
+import inductor_ext
+from inductor_ext import backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative L2 against float64: what the op owes (an activation or result rounded to its dtype, float32 within).
+OWED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+SHAPES = [(64, 64, 64), (32, 192, 64), (96, 64, 16), (16, 512, 128)]
+
+CORE = [idiom for idiom in POSITIVES if idiom.core]
+ROTATED = [(idiom, DTYPES[i % 3]) for i, idiom in enumerate(POSITIVES)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rewritten graph runs as it is: its ops do their work, and no code is generated around them."""
+
+    def as_it_is(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Any:
+        return gm.forward
+
+    monkeypatch.setattr(backend, "compile_fx", as_it_is)
+
+
+def named(value: Any) -> str:
+    return value.name if isinstance(value, Idiom) else str(value).removeprefix("torch.")
+
+
+def compiled(module: Any, strict: bool = True) -> Any:
+    return torch.compile(module, backend="w4a16", fullgraph=True, options={"w4a16.strict": strict})
+
+
+def check(module: Any, dense: Any, x: Tensor, y: Tensor) -> None:
+    assert distance(y, module.expected(x, dense)) <= OWED[y.dtype]
+
+
+@pytest.mark.parametrize(("idiom", "dtype"), ROTATED, ids=named)
+def test_every_spelling_is_rewritten(idiom: Idiom, dtype: torch.dtype, without_inductor: None) -> None:
+    module, dense, x = given(idiom, dtype)
+    report = inductor_ext.explain(module, x)
+    assert [alone.reason for alone in report.left_alone] == []
+    assert len(report.rewritten) == idiom.rewritten
+    assert report.graphs == 1
+    for leading in idiom.leading:
+        _, _, x = given(idiom, dtype, leading=leading)
+        check(module, dense, x, compiled(module)(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("idiom", CORE, ids=named)
+def test_every_dtype_is_rewritten(idiom: Idiom, dtype: torch.dtype, without_inductor: None) -> None:
+    module, dense, x = given(idiom, dtype, leading=idiom.leading[-1])
+    check(module, dense, x, compiled(module)(x))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
+@pytest.mark.parametrize("idiom", CORE, ids=named)
+def test_every_shape_is_rewritten(idiom: Idiom, shape: tuple[int, int, int], without_inductor: None) -> None:
+    """Square weights too, in which rows and columns are easily mistaken for each other."""
+    module, dense, x = given(idiom, torch.float32, shape)
+    check(module, dense, x, compiled(module)(x))
+
+
+@pytest.mark.parametrize("idiom", EITHER, ids=named)
+def test_what_may_be_rewritten_is_right(idiom: Idiom, without_inductor: None) -> None:
+    module, dense, x = given(idiom, torch.float32)
+    report = inductor_ext.explain(module, x)
+    assert report.rewritten or report.left_alone
+    check(module, dense, x, compiled(module, strict=False)(x))
+
+
+@pytest.mark.parametrize(("idiom", "dtype"), [(idiom, DTYPES[i % 3]) for i, idiom in enumerate(CORE)], ids=named)
+def test_compiled_by_inductor(idiom: Idiom, dtype: torch.dtype) -> None:
+    module, dense, x = given(idiom, dtype)
+    check(module, dense, x, compiled(module)(x))
