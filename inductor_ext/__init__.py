@@ -10,8 +10,9 @@ from inductor_ext._version import __version__
 
 if TYPE_CHECKING:
     from inductor_ext.loader import from_pretrained
+    from inductor_ext.prepack import prepack_
     from inductor_ext.report import explain
-    from inductor_ext.weights import invalidate, prepack_
+    from inductor_ext.weights import invalidate
 
 __all__ = ["__version__", "explain", "from_pretrained", "invalidate", "prepack_"]
 
@@ -19,7 +20,7 @@ _HOME = {
     "explain": "inductor_ext.report",
     "from_pretrained": "inductor_ext.loader",
     "invalidate": "inductor_ext.weights",
-    "prepack_": "inductor_ext.weights",
+    "prepack_": "inductor_ext.prepack",
 }
 
 if not TYPE_CHECKING:  # a checker that saw this would take every misspelt name for one of ours

@@ -1,12 +1,13 @@
 """Capture: the graphs that rewriting works on, and where in them stored tensors are to be seen.
 
-Two kinds of graph come to us. Dynamo hands its backend a graph whose placeholders are the module's real parameters and buffers. Export,
-AOTInductor and freezing reach us later, as ATen graphs that hold their weights as attributes.
+Two kinds of graph come to us. Dynamo hands its backend a graph whose placeholders are the module's real parameters and buffers. Export and
+AOTInductor reach us later, as ATen graphs that hold their weights as attributes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,8 @@ from torch._dynamo.source import AttrSource, ConstantSource, GlobalSource, Sourc
 from torch._guards import TracingContext
 
 from inductor_ext.kernels import Packed
-from inductor_ext.patterns.anchors import meta
+from inductor_ext.patterns.anchors import Anchor, anchors, meta
+from inductor_ext.patterns.cone import stored_integers
 from inductor_ext.weights import part
 
 
@@ -35,6 +37,11 @@ class Site(Protocol):
 
     def attach(self, packed: Packed) -> list[fx.Node | None]:
         """Nodes that give the packed tensors in the graph."""
+
+    def out_of_reach(self) -> list[tuple[Anchor, str]]:
+        """Matmuls of int4 weights in graphs within this graph, and why they are not looked at."""
+
+    log: logging.Logger
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
@@ -100,8 +107,15 @@ class DynamoSite:
             return None
         return f"the activation or argument {node.name} takes part in its computation; weights are parameters, buffers or tensors held by a module"
 
+    log = logging.getLogger("inductor_ext.rewrite")
+
     def attach(self, packed: Packed) -> list[fx.Node | None]:
         return [None if t is None else self._placeholder(t) for t in packed]
+
+    def out_of_reach(self) -> list[tuple[Anchor, str]]:
+        inner = [m for m in self.gm.modules() if isinstance(m, fx.GraphModule) and m is not self.gm]
+        reason = "it is inside a higher-order operation (a checkpointed region, a branch or a loop), where weights cannot be packed"
+        return [(a, reason) for m in inner for a in anchors(m.graph) if stored_integers(a.weight, meta)]
 
     def _placeholder(self, tensor: Tensor) -> fx.Node:
         """One more static input. The compiled graph takes it as it takes parameters: unguarded, at an address that stays."""
@@ -128,7 +142,7 @@ def _held(source: Source | None) -> bool:
 
 
 class ConstantSite:
-    """An ATen graph whose weights are attributes: what export, AOTInductor and freezing compile."""
+    """An ATen graph whose weights are attributes: what export and AOTInductor compile."""
 
     def __init__(self, graph: fx.Graph) -> None:
         assert graph.owning_module is not None
@@ -146,8 +160,13 @@ class ConstantSite:
             return f"the value of the attribute {node.name} is not known when this graph is compiled"
         return None
 
+    log = logging.getLogger("inductor_ext.passes")
+
     def attach(self, packed: Packed) -> list[fx.Node | None]:
         return [None if t is None else self._constant(t) for t in packed]
+
+    def out_of_reach(self) -> list[tuple[Anchor, str]]:
+        return []
 
     def _constant(self, tensor: Tensor) -> fx.Node:
         name = next(n for i in range(1 << 30) if not hasattr(self.gm, n := f"_w4a16_packed_{i}"))

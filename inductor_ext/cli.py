@@ -1,43 +1,43 @@
-"""`python -m inductor_ext`: run a checkpoint, explain what would be rewritten in it, or look at the installation."""
+"""`python -m inductor_ext`: run a checkpoint, explain what is rewritten in it, or look at the installation."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+EXPLAINED = (1, 16)
+"""Tokens in the inputs that `explain` shows: one step of decoding, and a prompt."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code. What the user can put right is one message on stderr and exit code 2."""
+    """Runs one command; returns the exit code. What the user can put right is told on stderr, with exit code 2."""
     args = _parser().parse_args(arguments)
-    command = {"run": _run, "explain": _explain, "doctor": _doctor}[args.command]
-    from torch._dynamo.exc import BackendCompilerFailed
+    if args.command == "doctor":
+        from inductor_ext import doctor
 
+        return doctor.main()
     try:
-        return command(args)
-    except BackendCompilerFailed as error:
-        from inductor_ext.oracle import NoKernel
+        return _run(args) if args.command == "run" else _explain(args)
+    except Unfit as error:
+        print(f"inductor_ext {args.command}: {error}", file=sys.stderr)
+        return 2
 
-        if not isinstance(error.inner_exception, NoKernel):
-            raise
-        message = str(error.inner_exception)
-    except (ImportError, OSError, ValueError) as error:
-        message = str(error)
-    print(f"inductor_ext {args.command}: {message}", file=sys.stderr)
-    return 2
+
+class Unfit(Exception):
+    """What was asked for cannot be done, and the message says why; not a mistake in the program."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m inductor_ext", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
     run = commands.add_parser("run", help="load a checkpoint packed, compile it, continue a text")
     run.add_argument("--prompt", required=True, help="the text to continue")
     run.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    run.add_argument("--kernel", metavar="NAME", help="use this kernel; `doctor` lists them")
+    run.add_argument("--kernel", metavar="NAME", help="use this kernel and no other; `doctor` lists them")
     run.add_argument("--no-compile", action="store_true", help="run the model as it is, dequantising in every layer")
     explain = commands.add_parser("explain", help="print what would be rewritten in a checkpoint, and why the rest not")
     for command in (run, explain):
@@ -50,68 +50,90 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     import torch
+    from torch._dynamo.exc import BackendCompilerFailed
 
-    from inductor_ext import generate, kernels, loader
+    from inductor_ext import explain
+    from inductor_ext.generate import greedy
+    from inductor_ext.oracle import NoKernel
 
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
-    if args.kernel is not None:
-        kernels.load(args.kernel)
-    folder = loader.find_folder(args.path)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids
-    if input_ids.numel() == 0:
-        raise ValueError("--prompt has no token in it; give it at least one word.")
-    model = _load(args, folder)
-    input_ids = input_ids.to(args.device)
-    if args.no_compile:
-        counted, done = "not compiled", generate.greedy(model, input_ids, args.max_new_tokens, backend=None)
-    else:
-        options = {} if args.kernel is None else {"w4a16.kernel": args.kernel}
-        done = generate.greedy(model, input_ids, args.max_new_tokens, options=options)
-        with torch.no_grad():
-            counted = str(_report(model, input_ids)).splitlines()[0]
+    model, tokenizer, input_ids = _prepare_run(args)
+    options = {} if args.kernel is None else {"w4a16.kernel": args.kernel}
+    try:
+        backend = None if args.no_compile else "w4a16"
+        done = greedy(model, input_ids, args.max_new_tokens, backend=backend, options=options)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, NoKernel):
+            raise Unfit(error.inner_exception) from error
+        raise
     print(tokenizer.decode(done.tokens[0], skip_special_tokens=True))
+    if args.no_compile:
+        rewritten = "not compiled"
+    else:
+        with torch.no_grad():
+            rewritten = str(explain(model, input_ids)).splitlines()[0]
     speed = done.seconds_per_token
     rate = "too few for a rate" if speed is None else f"{1 / speed:.1f} tokens/s"
-    print(f"\n{len(done.seconds)} new tokens, {rate}; {counted}")
+    print(f"\n{len(done.seconds)} new tokens, {rate}; {rewritten}")
     return 0
 
 
 def _explain(args: argparse.Namespace) -> int:
     import torch
 
-    from inductor_ext import loader
+    from inductor_ext import explain
 
-    model = _load(args, loader.find_folder(args.path))
+    model = _load(args, _folder(args))
     with torch.no_grad():
-        for tokens in (1, 16):
-            print(f"Input of {tokens} token{'s' * (tokens > 1)}: ", end="")
-            print(_report(model, torch.zeros(1, tokens, dtype=torch.int64, device=args.device)), end="\n\n")
+        for tokens in EXPLAINED:
+            report = explain(model, torch.zeros(1, tokens, dtype=torch.int64, device=args.device))
+            print(f"{tokens} token{'s' * (tokens > 1)}: {report}\n")
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from inductor_ext import doctor
+def _prepare_run(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, the tokenizer, and the prompt's tokens [1, T]."""
+    from inductor_ext import kernels
 
-    return doctor.main()
+    if args.max_new_tokens < 1:
+        raise Unfit(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
+    if args.kernel is not None and args.kernel not in kernels.KERNELS:
+        raise Unfit(f"There is no kernel {args.kernel!r}; the kernels are {', '.join(sorted(kernels.KERNELS))}.")
+    folder = _folder(args)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Unfit(f"{folder} has no tokenizer that transformers can load: {_line(error)}") from error
+    input_ids = tokenizer(args.prompt, return_tensors="pt").input_ids
+    if input_ids.numel() == 0:
+        raise Unfit("--prompt has no token in it; give it at least one word.")
+    return _load(args, folder), tokenizer, input_ids.to(args.device)
 
 
-def _load(args: argparse.Namespace, folder: Any) -> Any:
+def _folder(args: argparse.Namespace) -> Path:
+    from inductor_ext.loader import find_folder
+
+    try:
+        return find_folder(args.path)
+    except (ImportError, OSError, ValueError) as error:
+        raise Unfit(_line(error)) from error
+
+
+def _load(args: argparse.Namespace, folder: Path) -> Any:
     import torch
 
-    import inductor_ext
+    from inductor_ext import from_pretrained
 
     try:
         torch.empty(0, device=args.device)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
-    return inductor_ext.from_pretrained(folder, dtype=getattr(torch, DTYPES[args.dtype]), device=args.device)
+        raise Unfit(f"--device {args.device} cannot be used here: {_line(error)}") from error
+    try:
+        return from_pretrained(folder, dtype=getattr(torch, DTYPES[args.dtype]), device=args.device)
+    except (OSError, ValueError) as error:
+        raise Unfit(error) from error  # whole: it may be a list of tensors
 
 
-def _report(model: Any, input_ids: Any) -> Any:
-    import inductor_ext
-
-    return inductor_ext.explain(model, input_ids)
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,10 +1,11 @@
-"""The same rewriting as one Inductor pass, for graphs that do not come through our backend: export, AOTInductor, freezing.
+"""The same rewriting as one Inductor pass, for graphs that do not come through our backend: export and AOTInductor.
 
     aoti_compile_and_package(exported, inductor_configs={"joint_custom_pre_pass": W4A16Pass()})
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -68,4 +69,5 @@ def with_pass(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
     theirs = config.get(_SLOT, getattr(torch._inductor.config, _SLOT))
     if isinstance(theirs, W4A16Pass):
         return dict(config)
-    return {**config, _SLOT: W4A16Pass(options, theirs)}
+    # What the backend has left alone is left alone again, and has been spoken of.
+    return {**config, _SLOT: W4A16Pass(dataclasses.replace(options, strict=False), theirs)}

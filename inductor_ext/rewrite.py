@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def rewrite(site: Site, options: Options, report: Report, subclass: Subclass | N
     Raises oracle.NoKernel if a forced kernel cannot do a problem, and Strict.
     """
     proved: list[Proved] = []
-    left: list[LeftAlone] = []
+    left = [LeftAlone(where(anchor.node), _sentence(reason)) for anchor, reason in site.out_of_reach()]
     for node in site.graph.nodes:
         if (reason := already_fused(node)) is not None:
             left.append(LeftAlone(where(node), reason))
@@ -76,15 +77,16 @@ def rewrite(site: Site, options: Options, report: Report, subclass: Subclass | N
         else:
             proved += [found] if found is not None else []
     proved = _without_shared(proved, left)
+    replaced: dict[fx.Node, fx.Node] = {}
     for p in proved:
-        _replace(site, p)
+        _replace(site, p, replaced)
     _erase(site.graph, proved)
     report.rewritten += [p.rewritten for p in proved]
     report.left_alone += left
     report.graphs += 1
     for alone in left:
-        log.warning("%s is left alone: %s", alone.where, alone.reason)
-    log.info("%d of %d int4 matmuls rewritten", len(proved), len(proved) + len(left))
+        site.log.warning("%s is left alone: %s", alone.where, alone.reason)
+    site.log.info("%d of %d int4 matmuls rewritten", len(proved), len(proved) + len(left))
     if options.strict and left:
         raise Strict("w4a16.strict: " + "; ".join(f"{a.where} is left alone: {a.reason}" for a in left))
     return proved
@@ -98,9 +100,11 @@ def where(node: fx.Node) -> str:
     """The path of the innermost module that a node comes from, else its own name."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
-    for prefix in ("L['self']", "L['fn']", "L__self__"):
-        path = path.removeprefix(prefix)
-    path = path.replace("._modules['", ".").replace("']", "").replace("_modules.", "").strip("._")
+    if named := re.fullmatch(r"([LG])\['([^']*)'\]?(.*)", path):
+        # Dynamo names a module by the variable that holds it. A local one (self) says nothing; a global one (net) is where to look.
+        scope, root, rest = named.groups()
+        path = rest if scope == "L" and rest else root + rest
+    path = re.sub(r"\.?(_modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\2", path).strip(".")
     return path or node.name
 
 
@@ -243,18 +247,19 @@ def _stays(p: Proved, gone: set[fx.Node], inside: set[fx.Node]) -> fx.Node | Non
     return None
 
 
-def _replace(site: Site, p: Proved) -> None:
-    """Puts the op in the anchor's place. Casts what autocast would have cast."""
+def _replace(site: Site, p: Proved, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Puts the op in the anchor's place. Casts what autocast would have cast. ``replaced`` has the anchors before this one."""
     node = p.anchor.node
     packed = site.attach(p.entry.pack(p.kernel, p.sources))
     dtype, reading = meta(node).dtype, p.recipe.reading
     with site.graph.inserting_before(node):
-        x, bias = (_cast(site.graph, n, dtype) for n in (p.anchor.x, p.anchor.bias))
+        x, bias = (_cast(site.graph, n if n is None else replaced.get(n, n), dtype) for n in (p.anchor.x, p.anchor.bias))
         assert x is not None
         new = site.graph.call_function(linear, (x, *packed, bias, reading.N, reading.K // reading.groups, p.kernel))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     site.graph.erase_node(node)
+    replaced[node] = new
 
 
 def _cast(graph: fx.Graph, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:

@@ -1,15 +1,16 @@
-"""Packed weights: one process-wide weak cache from stored tensors to a kernel's layout.
+"""Packed weights: what a kernel reads, made from stored tensors and kept with them.
 
-An entry is proved and packed when its stored tensors are first met, shared by every graph, refreshed in place (same addresses, so captured
-CUDA graphs stay valid) when one of them changes, and dropped when one of them dies. A change is seen by the tensor's version counter;
-``t.data.copy_()`` and writes under ``inference_mode`` do not move it: call ``invalidate(module)`` after those.
+An entry hangs on the tensor that holds the codes. So it is shared by every graph, follows its tensor when modules swap theirs, and dies with
+it. It is proved and packed when its stored tensors are first met, and refreshed in place (same addresses, so captured CUDA graphs stay valid)
+when one of them changes. A change is seen by the tensor's version counter; ``t.data.copy_()`` and writes under ``inference_mode`` do not move
+it: call ``invalidate(module)`` after those.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,32 +47,37 @@ class Entry:
     """A proved weight, its packed copies by kernel, and the state of the stored tensors from which they were made."""
 
     def __init__(self, recipe: Recipe, sources: Sequence[Tensor]) -> None:
+        codes = recipe.reading.codes.matrix.leaf
+        self.others = tuple(None if i == codes else t for i, t in enumerate(sources))  # not the one that holds this entry
         self._recipe = recipe
-        self.sources = tuple(weakref.ref(t) for t in sources)
-        self._packs: dict[str, Packed] = {}
+        self._packs: dict[str, tuple[Packed, tuple[bool, ...]]] = {}  # and which of its tensors packing allocated
         self._canonical: PackedInt4 | None = None
         self.prove(sources)
 
+    def is_of(self, sources: Sequence[Tensor]) -> bool:
+        return all(own is None or own is t for own, t in zip(self.others, sources, strict=True))
+
     def prove(self, sources: Sequence[Tensor]) -> None:
-        """Proves the stored tensors as they are now, and packs again, into the same memory, what was packed."""
-        versions = _versions(sources)
+        """Proves the stored tensors as they are now, and packs again what was packed. Raises prove.NotProved."""
+        state, before = _state(sources), getattr(self, "kind", None)
         canonical, self.proof = prove.prove(self._recipe.program, sources, self._recipe.reading)
         zeros = "none" if canonical.zeros is None else "int" if canonical.zeros.dtype == torch.uint8 else "float"
         self.kind = Kind(canonical.scales.dtype, zeros, canonical.order is not None)
-        for kernel, packed in self._packs.items():
-            for old, new in zip(packed, _pack(kernel, canonical), strict=True):
-                if old is not None and new is not None and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+        if self.kind != before:
+            self._packs.clear()
+        for kernel, (packed, ours) in self._packs.items():
+            self._packs[kernel] = _allocated(_renewed(packed, ours, _pack(kernel, canonical)), sources)
         self._canonical = None if self._packs else canonical
-        self.versions = versions
+        self.state = state
 
     def pack(self, kernel: str, sources: Sequence[Tensor]) -> Packed:
-        """The weight in the kernel's layout: always the same tensors."""
+        """The weight in the kernel's layout. Memory that was packed into stays the same; what needed no packing is the stored tensor's own."""
         if kernel not in self._packs:
             with _disable_current_modes(), torch.no_grad():
-                self._packs[kernel] = _pack(kernel, self._canonical or self._recipe.reading.canonical(sources))
+                packed = _pack(kernel, self._canonical or self._recipe.reading.canonical(sources))
+            self._packs[kernel] = _allocated(packed, sources)
         self._canonical = None
-        return self._packs[kernel]
+        return self._packs[kernel][0]
 
     def tensors(self, kernel: str, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What ``pack`` gives, without the absent ones."""
@@ -80,17 +86,49 @@ class Entry:
 
 def _pack(kernel: str, canonical: PackedInt4) -> Packed:
     packed = kernels.load(kernel).pack(canonical)
-    # A tensor that needed no packing is the source's own memory. It is held as an alias, so that the source can still die.
+    # A tensor that needed no packing is held as an alias, so that the stored tensor itself can die.
     qweight, scales, zeros, order = (None if t is None else t.detach() for t in packed)
     assert qweight is not None and scales is not None
     return Packed(qweight, scales, zeros, order)
 
 
-def _versions(sources: Sequence[Tensor]) -> list[int]:
-    return [-1 if t.is_inference() else t._version for t in sources]
+def _allocated(packed: Packed, sources: Sequence[Tensor]) -> tuple[Packed, tuple[bool, ...]]:
+    stored = {t.untyped_storage().data_ptr() for t in sources}
+    return packed, tuple(t is not None and t.untyped_storage().data_ptr() not in stored for t in packed)
 
 
-_CACHE: dict[tuple[object, ...], Entry] = {}
+def _renewed(old: Packed, ours: Sequence[bool], new: Packed) -> Packed:
+    """The new values, in the old memory where that is ours: a stored tensor is never written to."""
+
+    def renew(before: Tensor | None, now: Tensor | None, own: bool) -> Tensor | None:
+        if before is None or now is None or not own or (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device):
+            return now
+        return before.copy_(now)
+
+    return Packed(*(renew(*each) for each in zip(old, new, ours, strict=True)))  # type: ignore[arg-type]
+
+
+def _state(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """What tells that a stored tensor has changed: its version, and its address (``p.data = q`` changes no version)."""
+    return [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in sources]
+
+
+class _Entries(dict[str, Entry]):
+    """The entries of a tensor, by recipe. Copies and pickles of the tensor have none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (dict, ())
+
+    def __deepcopy__(self, memo: Any) -> dict[str, Entry]:
+        return {}
+
+
+_ATTRIBUTE = "_w4a16_entries"
+
+
+def _entries(codes: Tensor) -> _Entries | None:
+    found = codes.__dict__.get(_ATTRIBUTE)
+    return found if isinstance(found, _Entries) else None
 
 
 def entry(recipe: Recipe, sources: Sequence[Tensor]) -> Entry:
@@ -98,18 +136,21 @@ def entry(recipe: Recipe, sources: Sequence[Tensor]) -> Entry:
 
     Raises prove.NotProved, when they are new or changed and are not what the reading says.
     """
-    key = (recipe.token, *map(id, sources))
-    found = _CACHE.get(key)
-    if found is not None and all(ref() is t for ref, t in zip(found.sources, sources, strict=True)):
-        if found.versions != _versions(sources):
-            found.versions = []  # until the proof stands
+    codes = sources[recipe.reading.codes.matrix.leaf]
+    entries = _entries(codes)
+    found = None if entries is None else entries.get(recipe.token)
+    if found is not None and found.is_of(sources):
+        if found.state != _state(sources):
+            found.state = []  # until the proof stands
             with _disable_current_modes(), torch.no_grad():
                 found.prove(sources)
         return found
     with _disable_current_modes(), torch.no_grad():
-        found = _CACHE[key] = Entry(recipe, sources)
-    for t in sources:
-        weakref.finalize(t, _CACHE.pop, key, None).atexit = False
+        found = Entry(recipe, sources)
+    if entries is None:
+        entries = _Entries()
+        setattr(codes, _ATTRIBUTE, entries)
+    entries[recipe.token] = found
     return found
 
 
@@ -133,8 +174,8 @@ def invalidate(module: nn.Module) -> int:
 
     Needed only after changes that PyTorch does not count: ``p.data.copy_(...)``, or writes to tensors made under ``torch.inference_mode()``.
     """
-    own = {id(t) for value in (*module.parameters(), *module.buffers()) for t in stored_tensors(value)}
-    hit = [e for key, e in _CACHE.items() if own.intersection(key[1:])]
+    stored = [t for value in (*module.parameters(), *module.buffers()) for t in stored_tensors(value)]
+    hit = [e for t in stored for e in (_entries(t) or {}).values()]
     for e in hit:
-        e.versions = []
+        e.state = []
     return len(hit)

@@ -54,6 +54,13 @@ class Matrix:
             stored = self.order.unpack(leaf, self.dim, rows, columns)
         return stored.t()[:N, :cols] if self.transposed else stored[:N, :cols]
 
+    def write(self, values: Tensor, leaf: Tensor) -> Tensor:
+        """The inverse of ``read``: a new leaf like this one from [N, cols] nibbles (if packed) or values."""
+        stored = values.t() if self.transposed else values
+        if self.order is not None:
+            return self.order.pack(stored, self.dim, leaf.dtype).reshape(leaf.shape)
+        return stored.reshape(leaf.shape).to(leaf.dtype)
+
     def sample(self, leaf: Tensor, N: int, cols: int, n: Tensor, c: Tensor) -> Tensor:
         """The values at positions (n[i], c[i]) alone."""
         rows, columns = self._stored(N, cols)
@@ -90,6 +97,12 @@ class Codes:
                 raise NotCanonical(f"its stored integers go from {lowest} to {highest}, which is beyond 4 bits")
             raw = (raw - self.low).to(torch.uint8)
         return raw if self.book == "offset binary" else _look_up(CODE_BOOKS[self.book], raw)
+
+    def write(self, codes: Tensor, leaf: Tensor) -> Tensor:
+        """The inverse of ``read``: a new leaf like this one from uint8 [N, K]."""
+        book = CODE_BOOKS[self.book]
+        raw = codes if self.book == "offset binary" else _look_up(tuple(book.index(code) for code in range(16)), codes)
+        return self.matrix.write(raw if self.matrix.order is not None else raw.to(torch.int32) + self.low, leaf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,12 +120,12 @@ def test_the_number_of_threads_does_not_change_a_bit(isa: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_scale_spoils_its_own_row_only(isa: str, dtype: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize("bad", [0x7FC00000, 0x7FFFFFFF, 0x7F800000], ids=["nan", "nan of all ones", "inf"])
+def test_a_bad_scale_spoils_its_own_row_only(isa: str, dtype: torch.dtype, bad: int) -> None:
     for G, K in ((8, 72), (32, 160), (128, 256), (24, 72)):
-        packed, _ = make(50, K, G)
-        packed.scales[20, 0] = bad
-        packed.scales[33, -1] = bad
+        packed, _ = make(50, K, G, dtype=torch.float32)
+        packed.scales.view(torch.int32)[20, 0] = bad
+        packed.scales.view(torch.int32)[33, -1] = bad
         for M in (1, 5, 40):
             y = cpu.run(torch.randn(M, K).to(dtype), packed, None, G)
             spoilt = ~torch.isfinite(y).all(0)
@@ -137,6 +137,10 @@ def test_rounding_matches_torch(isa: str) -> None:
     K = 64
     codes = torch.randint(0, 16, (21, K))
     scales = torch.randn(21, K // 8) * torch.logspace(-6, 3, 21).unsqueeze(1)
+    # Half-way between two bfloat16, or two float16, with code 9.
+    codes[:2] = 9
+    scales[0] = 1 + torch.arange(1, 16, 2) * 2**-8
+    scales[1] = 1 + torch.arange(1, 16, 2) * 2**-11
     packed = Packed(pack_words(codes), scales, None, None)
     exact = (codes.float().view(21, -1, 8) - 8) * scales.unsqueeze(-1)
     for dtype in DTYPES:

@@ -1,5 +1,10 @@
 // AVX-512 in float32. See portable.cpp for what the names of a policy mean.
 #if defined(__x86_64__)
+#if !defined(__clang__)
+// GCC's own AVX-512 headers start many vectors uninitialised on purpose, and GCC warns of it.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -2,6 +2,11 @@
 // the products are exact and their sums float32. (The instruction takes subnormal x, below 1.2e-38, as 0.)
 // See portable.cpp for what the names of a policy mean.
 #if defined(__x86_64__)
+#if !defined(__clang__)
+// GCC's own AVX-512 headers start many vectors uninitialised on purpose, and GCC warns of it.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>

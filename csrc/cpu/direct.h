@@ -30,18 +30,14 @@ struct Grouping {
   int64_t stride() const { return stored + P::L; }
 };
 
+// Past the row's end x is 0, and so is the scale: were it another row's NaN, it would count all the same.
 template <class P>
 void load_row_groups(const Call& call, const Grouping<P>& grouping, int64_t row, float* scratch, float* scale, float* zero) {
-  const int64_t groups = call.K / call.group, words = call.K / 8, stride = grouping.stride();
-  if (!grouping.spread) {
-    load_groups<P>(call, row, 0, groups, scale, zero);
-    // Past the row's end x is 0; were the scale there another row's NaN, it would count all the same.
-    for (int64_t i = groups; i < stride; ++i) scale[i] = zero[i] = 0.0f;
-    return;
-  }
+  const int64_t groups = call.K / call.group, words = call.K / 8;
+  if (!grouping.spread) return load_groups<P>(call, row, 0, groups, scale, zero);
   float* zero_scratch = scratch + div_up(groups, P::L) * P::L;
   load_groups<P>(call, row, 0, groups, scratch, zero_scratch);
-  for (int64_t i = 0; i < stride; ++i) {
+  for (int64_t i = 0; i < grouping.stored; ++i) {
     const int64_t g = i * 8 / call.group;
     scale[i] = i < words ? scratch[g] : 0.0f;
     zero[i] = i < words ? zero_scratch[g] : 0.0f;

@@ -9,6 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <optional>
 #include <sstream>
@@ -28,15 +32,25 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#if defined(__x86_64__)
+// CPUID leaf 7 says avx512_bf16, leaf 1 f16c; not every compiler that we serve knows these names.
+bool has_avx2() {
+  unsigned a, b, c, d;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }
+bool has_avx512_bf16() {
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
+// Best first.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16",
-     [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); },
-     linear_avx512_bf16},
-    {"avx512", [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"); }, linear_avx512},
-    {"avx2",
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-     linear_avx2},
+    {"avx512_bf16", has_avx512_bf16, linear_avx512_bf16},
+    {"avx512", has_avx512, linear_avx512},
+    {"avx2", has_avx2, linear_avx2},
 #endif
     {"portable", [] { return true; }, linear_portable},
 };
@@ -171,7 +185,7 @@ std::string set_isa(std::string name) {
 
 STABLE_TORCH_LIBRARY(w4a16_cpu, m) {
   m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor");
-  // The instruction sets that this machine has, best first; and, for tests and benchmarks, the choice of one (returns the one before).
+  // The instruction sets of this machine, best first; and, for tests and benchmarks, the choice of one (returns the one before).
   m.def("usable_isas() -> str");
   m.def("set_isa(str name) -> str");
 }
