@@ -16,7 +16,7 @@ from inductor_ext import passes, prove, subclasses, weights
 from inductor_ext.capture import DynamoSite, Slot
 from inductor_ext.options import Options, inductor_config, split
 from inductor_ext.report import Report
-from inductor_ext.rewrite import Proved, Strict, rewrite
+from inductor_ext.rewrite import Proved, Strict, examine, rewrite
 
 log = logging.getLogger("inductor_ext.backend")
 Compiled = Callable[..., Any]
@@ -31,20 +31,15 @@ def w4a16(
     """
     own, rest = split(options)
     config = passes.with_pass(inductor_config(mode, rest), own)
-    site, proved = _rewritten(gm, example_inputs, own, Report())
+    site = DynamoSite(gm, example_inputs)
+    with _disable_current_modes(), torch.no_grad():
+        proved = rewrite(site, own, Report(), subclasses.inside)
+    site.gm.recompile()
     if not proved:
         return _inductor(gm, example_inputs, config)
     feeds = [_feed(site, p) for p in proved]
     compiled = _inductor(site.gm, site.inputs, config)
     return _fed(compiled, feeds, own.strict, lambda: _inductor(gm, example_inputs, config))
-
-
-def _rewritten(gm: fx.GraphModule, example_inputs: Sequence[Any], own: Options, report: Report) -> tuple[DynamoSite, list[Proved]]:
-    site = DynamoSite(gm, example_inputs)
-    with _disable_current_modes(), torch.no_grad():
-        proved = rewrite(site, own, report, subclasses.inside)
-    site.gm.recompile()
-    return site, proved
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
@@ -101,19 +96,36 @@ def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Call
     return run
 
 
+_reports: list[Report] = []
+"""Of the ``explaining`` under way, the innermost last."""
+
+
 def explaining(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
     """The report of every graph that ``model(*args, **kwargs)`` is captured in; the graphs themselves run eagerly."""
-    report = Report()
-
-    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        _rewritten(gm, example_inputs, Options(), report)
-        forward: Compiled = gm.forward
-        return forward
-
     model = getattr(model, "_orig_mod", model)
-    with torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-        torch.compile(model, backend=backend)(*args, **kwargs)
-    code = getattr(getattr(model, "forward", model), "__code__", None)
-    if code is not None:  # the captured graphs served their purpose; they must not count against the user's recompilations
-        torch._dynamo.reset_code(code)
+    in_place = getattr(model, "_compiled_call_impl", None)  # of model.compile(): it would be called in our place
+    _reports.append(Report())
+    try:
+        if in_place is not None:
+            model._compiled_call_impl = None
+        torch.compile(model, backend=_examining)(*args, **kwargs)
+    finally:
+        if in_place is not None:
+            model._compiled_call_impl = in_place
+        report = _reports.pop()
     return report
+
+
+def _examining(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    """A backend that reports at every call, not when it compiles: Dynamo reuses graphs, from one ``explain`` to the next as well."""
+    training = torch.is_grad_enabled()
+
+    def run(*args: Any) -> Any:
+        if _reports:
+            site = DynamoSite(gm, args)
+            site.training = training
+            with torch.no_grad():
+                examine(site, Options(), _reports[-1], subclasses.inside)
+        return gm.forward(*args)
+
+    return run

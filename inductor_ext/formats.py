@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -43,10 +44,12 @@ class PackedInt4:
     def group_size(self) -> int:
         return self.K // self.scales.shape[1]
 
-    def rows(self, start: int, stop: int) -> PackedInt4:
-        """Rows start..stop of the weight, as views."""
-        zeros = None if self.zeros is None else self.zeros[start:stop]
-        return PackedInt4(self.codes[start:stop], self.scales[start:stop], zeros, self.order)
+    def blocks(self, elements: int = 1 << 18) -> Iterator[tuple[slice, PackedInt4]]:
+        """The weight cut by rows, as views; about so many elements each, by default what stays in a cache while it is worked on."""
+        step = max(1, elements // self.K)
+        for start in range(0, self.N, step):
+            rows = slice(start, start + step)
+            yield rows, PackedInt4(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.order)
 
     def stored_codes(self) -> Tensor:
         """uint8 [N, K]: the codes in storage order."""
@@ -60,8 +63,8 @@ class PackedInt4:
         """[N, K] in ``dtype``: the exact value in float32 (float64 if asked for), rounded once."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         q = self.stored_codes().view(self.N, -1, self.group_size).to(wide)
-        zero = 8 if self.zeros is None else self.zeros.to(wide).unsqueeze(-1)
-        return self.logical(((q - zero) * self.scales.to(wide).unsqueeze(-1)).view(self.N, self.K)).to(dtype)
+        q.sub_(8 if self.zeros is None else self.zeros.to(wide).unsqueeze(-1)).mul_(self.scales.to(wide).unsqueeze(-1))
+        return self.logical(q.view(self.N, self.K)).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

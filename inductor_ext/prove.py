@@ -7,7 +7,7 @@ codes and zeros are exact all the same. NaN equals NaN.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,23 +16,21 @@ from inductor_ext.formats import PackedInt4
 from inductor_ext.patterns.cone import Program
 from inductor_ext.patterns.reading import NotCanonical, Reading
 
-_BLOCK_ELEMENTS = 1 << 20
-
 
 class NotProved(Exception):
     """Why the canonical form is not this weight. The message is a sentence."""
 
 
 Order = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-"""(codes, zeros, scales, dtype of the weight) -> weight; codes are float32, and everything broadcasts."""
+"""(codes uint8, zeros, scales, dtype of the weight) -> weight. Codes and integer zeros are exact in every dtype met here."""
 
 ORDERS: dict[str, Order] = {
-    "(q - z) * s": lambda q, z, s, dt: (q - z).to(dt) * s.to(dt),
-    "(q - z) * s, then cast": lambda q, z, s, dt: ((q - z) * s.float()).to(dt),
-    "(q - z) * s in the scale's dtype, then cast": lambda q, z, s, dt: ((q - z).to(s.dtype) * s).to(dt),
-    "q * s - z * s": lambda q, z, s, dt: q.to(dt) * s.to(dt) - z.to(dt) * s.to(dt),
-    "q * s - z * s, then cast": lambda q, z, s, dt: (q * s.float() - z * s.float()).to(dt),
-    "q * s - z * s, fused": lambda q, z, s, dt: (q.double() * s.to(dt).double() - (z.to(dt) * s.to(dt)).double()).to(dt),
+    "(q - z) * s": lambda q, z, s, dt: q.to(dt).sub_(z.to(dt)).mul_(s.to(dt)),
+    "(q - z) * s, then cast": lambda q, z, s, dt: q.float().sub_(z.float()).mul_(s.float()).to(dt),
+    "(q - z) * s in the scale's dtype, then cast": lambda q, z, s, dt: q.to(s.dtype).sub_(z.to(s.dtype)).mul_(s).to(dt),
+    "q * s - z * s": lambda q, z, s, dt: q.to(dt).mul_(s.to(dt)).sub_(z.to(dt) * s.to(dt)),
+    "q * s - z * s, then cast": lambda q, z, s, dt: q.float().mul_(s.float()).sub_(z.float() * s.float()).to(dt),
+    "q * s - z * s, fused": lambda q, z, s, dt: q.double().mul_(s.to(dt).double()).sub_((z.to(dt) * s.to(dt)).double()).to(dt),
 }
 
 
@@ -43,40 +41,33 @@ def prove(program: Program, values: Sequence[Tensor], reading: Reading) -> tuple
             canonical = reading.canonical(values)
         except NotCanonical as error:
             raise NotProved(str(error)) from None
-        weight = program.run(values)
+        weight = program.run(values).contiguous()
         if tuple(weight.shape) != (reading.N, reading.K):
             raise NotProved(f"it is {list(weight.shape)}, not [{reading.N}, {reading.K}]")
         return canonical, _compare(weight, canonical)
 
 
 def _compare(weight: Tensor, canonical: PackedInt4) -> str:
-    blocks = list(_blocks(weight, canonical))
     for name, order in ORDERS.items():  # a wrong order fails in the first block
-        if all(_same(_value(block, order, rows.dtype), rows) for rows, block in blocks):
+        if all(_same(_value(block, order, weight.dtype), weight[rows]) for rows, block in canonical.blocks()):
             how = f"bit-equal, {name}"
             break
     else:
-        if not all(_within_bound(rows, block) for rows, block in blocks):
+        if not all(_within_bound(weight[rows], block) for rows, block in canonical.blocks()):
             raise NotProved(_first_difference(weight, canonical))
         how = "each element within its own rounding bound"
     return f"{how} in {str(weight.dtype).removeprefix('torch.')}, {weight.numel()} elements"
 
 
-def _blocks(weight: Tensor, canonical: PackedInt4) -> Iterator[tuple[Tensor, PackedInt4]]:
-    step = max(1, _BLOCK_ELEMENTS // canonical.K)
-    for start in range(0, canonical.N, step):
-        yield weight[start : start + step], canonical.rows(start, start + step)
-
-
 def _parts(block: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:
-    codes = block.stored_codes().view(block.N, -1, block.group_size).float()
-    zeros = torch.tensor(8.0, device=codes.device) if block.zeros is None else block.zeros.float().unsqueeze(-1)
+    codes = block.stored_codes().view(block.N, -1, block.group_size)
+    zeros = torch.tensor(8, device=codes.device) if block.zeros is None else block.zeros.unsqueeze(-1)
     return codes, zeros, block.scales.unsqueeze(-1)
 
 
 def _value(block: PackedInt4, order: Order, dtype: torch.dtype) -> Tensor:
     codes, zeros, scales = _parts(block)
-    return block.logical(order(codes, zeros, scales, dtype).reshape(block.N, block.K))
+    return block.logical(order(codes, zeros, scales, dtype).view(block.N, block.K))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -95,15 +86,14 @@ def _within_bound(rows: Tensor, block: PackedInt4) -> bool:
 
 
 def _first_difference(weight: Tensor, canonical: PackedInt4) -> str:
-    for start, (rows, block) in enumerate(_blocks(weight, canonical)):
-        exact = block.dequantize(torch.float64)
-        error = (rows.double() - exact).abs().nan_to_num(torch.inf)
-        limit = 4 * torch.finfo(rows.dtype).eps * exact.abs()
+    for rows, block in canonical.blocks():
+        some, exact = weight[rows], block.dequantize(torch.float64)
+        error = (some.double() - exact).abs().nan_to_num(torch.inf)
+        limit = 4 * torch.finfo(weight.dtype).eps * exact.abs()
         if bool((error > limit).any()):
             n, k = divmod(int((error - limit).argmax()), canonical.K)
-            first = start * max(1, _BLOCK_ELEMENTS // canonical.K)
             return (
-                f"on the real weights element ({first + n}, {k}) is {float(rows[n, k]):g}"
+                f"on the real weights element ({rows.start + n}, {k}) is {float(some[n, k]):g}"
                 f" where codes, scales and zeros give {float(exact[n, k]):g}"
             )
     return "on the real weights its rounding follows no order that is known and exceeds the bound of its dtype"

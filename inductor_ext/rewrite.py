@@ -60,27 +60,34 @@ class Proved:
 
 
 def rewrite(site: Site, options: Options, report: Report, subclass: Subclass | None = None) -> list[Proved]:
-    """Rewrites the site's graph in place and adds to the report. Returns what was rewritten, with op nodes in graph order.
+    """Rewrites the site's graph in place and adds to the report. Returns what was rewritten, in graph order.
 
     Raises oracle.NoKernel if a forced kernel cannot do a problem, and Strict.
     """
+    proved = examine(site, options, report, subclass)
+    replaced: dict[fx.Node, fx.Node] = {}
+    for p in proved:
+        _replace(site, p, replaced)
+    _erase(site.graph, proved)
+    return proved
+
+
+def examine(site: Site, options: Options, report: Report, subclass: Subclass | None = None) -> list[Proved]:
+    """What ``rewrite`` would rewrite; the graph stays as it is. Adds to the report, and raises as ``rewrite`` does."""
     proved: list[Proved] = []
     left = [LeftAlone(where(anchor.node), _sentence(reason)) for anchor, reason in site.out_of_reach()]
     for node in site.graph.nodes:
         if (reason := already_fused(node)) is not None:
             left.append(LeftAlone(where(node), reason))
+    trained = _trained(site)
     for anchor in anchors(site.graph):
         try:
-            found = _examine(site, anchor, options, subclass)
+            found = _examine(site, anchor, anchor.node in trained, options, subclass)
         except _Refused as refusal:
             left.append(LeftAlone(where(anchor.node), _sentence(str(refusal))))
         else:
             proved += [found] if found is not None else []
     proved = _without_shared(proved, left)
-    replaced: dict[fx.Node, fx.Node] = {}
-    for p in proved:
-        _replace(site, p, replaced)
-    _erase(site.graph, proved)
     report.rewritten += [p.rewritten for p in proved]
     report.left_alone += left
     report.graphs += 1
@@ -108,11 +115,22 @@ def where(node: fx.Node) -> str:
     return path or node.name
 
 
+def _trained(site: Site) -> set[fx.Node]:
+    """The nodes through which gradients can flow: those outside torch.no_grad(), if the graph itself is."""
+    found, training = set(), site.training
+    for node in site.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            training = bool(node.args[0])
+        elif training:
+            found.add(node)
+    return found
+
+
 # -- one anchor --------------------------------------------------------------------------------------------------------------------------
 
 
 def _examine(
-    site: Site, anchor: Anchor, options: Options, subclass: Subclass | None
+    site: Site, anchor: Anchor, trained: bool, options: Options, subclass: Subclass | None
 ) -> Proved | None:
     """The anchor, proved; None if its weight does not come from integer storage. Raises _Refused."""
     weight = site.stored(anchor.weight) if anchor.weight.op in ("placeholder", "get_attr") else None
@@ -132,7 +150,7 @@ def _examine(
             sources = [t for leaf in found.leaves if (t := site.stored(leaf)) is not None]
     except NotACone as error:
         raise _Refused(str(error)) from None
-    if site.training and any(t.requires_grad for t in sources):
+    if trained and any(t.requires_grad for t in sources):
         raise _Refused(
             "a stored tensor of it requires a gradient, which the fused op does not give; freeze it, or compile under torch.no_grad()"
         )

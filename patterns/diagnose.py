@@ -60,7 +60,7 @@ def _code_book(probe: Probe, N: int, K: int) -> str | None:
     book = []
     for code in range(16):
         probe.draw(codes=_constant_codes(probe, code, N, K))
-        lowest, highest = (float(v) for v in probe.weight().aminmax())
+        lowest, highest = (float(v) for v in probe.weight().float().aminmax())
         if lowest != highest:
             return f"the value of code {code} depends on where it stands: {lowest:g} here, {highest:g} there, under equal scales and zeros"
         book.append(lowest)

@@ -267,7 +267,9 @@ def test_graphs_without_int4_are_inductors_to_the_bit(training: bool) -> None:
         torch.manual_seed(1)
         with torch.set_grad_enabled(training):
             y = torch.compile(model, backend=backend, fullgraph=True)(x)
-        results.append([y.detach(), *(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]) if training else [])])
+        results.append(
+            [y.detach(), *(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]) if training else [])]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert inductor_ext.explain(model, x).rewritten == []
     assert inductor_ext.explain(model, x).left_alone == []

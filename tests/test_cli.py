@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Checkpoint, llama, random_checkpoint, write_compressed_tensors
+from torch._dynamo.exc import BackendCompilerFailed
 
 from inductor_ext import kernels
 from inductor_ext.cli import main
+from inductor_ext.generate import greedy
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,16 @@ def test_run_continues_the_prompt_as_the_dense_model_does(
     for _ in range(6):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert tokens == ids
+
+
+def test_generating_leaves_the_model_as_it_was(checkpoint: Checkpoint) -> None:
+    model, ids = checkpoint.reference(), torch.tensor([[3, 200, 9]])
+    done = greedy(model, ids, 2, backend="eager")
+    assert "forward" not in vars(model)
+    assert done.tokens.shape == (1, 5) and len(done.seconds) == 2 and done.seconds_per_token is None
+    with pytest.raises(BackendCompilerFailed):
+        greedy(model, ids, 2, options={"w4a16.nonsense": True})
+    assert "forward" not in vars(model)
 
 
 def test_explain_reports_a_step_of_decoding_and_a_prompt(

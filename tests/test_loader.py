@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -283,9 +284,12 @@ def test_progress_is_shown_on_request(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Loading: 100%" in capsys.readouterr().err
 
 
-def test_modules_made_after_loading_are_real(tmp_path: Path) -> None:
+def test_modules_made_after_loading_or_in_another_thread_are_real(tmp_path: Path) -> None:
     load(write_compressed_tensors(tmp_path, llama(num_hidden_layers=1)))
     assert not nn.Linear(2, 2).weight.is_meta
+    with loader._parameters_on_meta(), ThreadPoolExecutor(1) as other:
+        assert nn.Linear(2, 2).weight.is_meta
+        assert not other.submit(nn.Linear, 2, 2).result().weight.is_meta
 
 
 def test_a_repository_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 import inductor_ext
 
-MODELS: dict[str, Callable[[], Any]] = {"llama": checkpoints.llama, "qwen3": checkpoints.qwen3, "gemma3": checkpoints.gemma3}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": checkpoints.llama,
+    "qwen3": checkpoints.qwen3,
+    "gemma3": checkpoints.gemma3,
+}
 FORMATS: dict[str, Callable[..., checkpoints.Checkpoint]] = {
     "compressed-tensors": checkpoints.write_compressed_tensors,
     "compressed-tensors act-order": lambda *a: checkpoints.write_compressed_tensors(*a, group_index=True),
@@ -22,7 +26,9 @@ FORMATS: dict[str, Callable[..., checkpoints.Checkpoint]] = {
     "gptq act-order": lambda *a: checkpoints.write_gptq(*a, desc_act=True),
     "awq": checkpoints.write_awq,
 }
-PAIRS = [(model, "compressed-tensors") for model in MODELS] + [("llama", name) for name in FORMATS if name != "compressed-tensors"]
+PAIRS = [(model, "compressed-tensors") for model in MODELS] + [
+    ("llama", name) for name in FORMATS if name != "compressed-tensors"
+]
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: " ".join(pair))

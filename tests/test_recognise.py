@@ -15,7 +15,13 @@ from inductor_ext import backend
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative L2 against float64: what the op owes (an activation or result rounded to its dtype, float32 within).
 OWED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-SHAPES = [(64, 64, 64), (32, 192, 64), (96, 64, 16), (16, 512, 128)]
+# (N, K, group), and a dtype: square weights too, in which rows and columns are easily mistaken for each other.
+OTHERS = [
+    ((64, 64, 64), torch.float32),
+    ((32, 192, 64), torch.bfloat16),
+    ((96, 64, 16), torch.float16),
+    ((16, 512, 128), torch.float32),
+]
 
 CORE = [idiom for idiom in POSITIVES if idiom.core]
 ROTATED = [(idiom, DTYPES[i % 3]) for i, idiom in enumerate(POSITIVES)]
@@ -46,8 +52,9 @@ def compiled(module: Any, strict: bool = True) -> Any:
     return torch.compile(module, backend="w4a16", fullgraph=True, options={"w4a16.strict": strict})
 
 
-def check(module: Any, dense: Any, x: Tensor, y: Tensor) -> None:
-    assert distance(y, module.expected(x, dense)) <= OWED[y.dtype]
+def check(idiom: Idiom, module: Any, dense: Any, x: Tensor, y: Tensor) -> None:
+    """One op owes OWED; the roundings of several in turn add up."""
+    assert distance(y, module.expected(x, dense)) <= OWED[y.dtype] * idiom.rewritten**0.5
 
 
 @pytest.mark.parametrize(("idiom", "dtype"), ROTATED, ids=named)
@@ -59,22 +66,16 @@ def test_every_spelling_is_rewritten(idiom: Idiom, dtype: torch.dtype, without_i
     assert report.graphs == 1
     for leading in idiom.leading:
         _, _, x = given(idiom, dtype, leading=leading)
-        check(module, dense, x, compiled(module)(x))
+        check(idiom, module, dense, x, compiled(module)(x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize(("shape", "dtype"), OTHERS, ids=named)
 @pytest.mark.parametrize("idiom", CORE, ids=named)
-def test_every_dtype_is_rewritten(idiom: Idiom, dtype: torch.dtype, without_inductor: None) -> None:
-    module, dense, x = given(idiom, dtype, leading=idiom.leading[-1])
-    check(module, dense, x, compiled(module)(x))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=named)
-@pytest.mark.parametrize("idiom", CORE, ids=named)
-def test_every_shape_is_rewritten(idiom: Idiom, shape: tuple[int, int, int], without_inductor: None) -> None:
-    """Square weights too, in which rows and columns are easily mistaken for each other."""
-    module, dense, x = given(idiom, torch.float32, shape)
-    check(module, dense, x, compiled(module)(x))
+def test_every_shape_and_dtype_is_rewritten(
+    idiom: Idiom, shape: tuple[int, int, int], dtype: torch.dtype, without_inductor: None
+) -> None:
+    module, dense, x = given(idiom, dtype, shape, idiom.leading[-1])
+    check(idiom, module, dense, x, compiled(module)(x))
 
 
 @pytest.mark.parametrize("idiom", EITHER, ids=named)
@@ -82,10 +83,34 @@ def test_what_may_be_rewritten_is_right(idiom: Idiom, without_inductor: None) ->
     module, dense, x = given(idiom, torch.float32)
     report = inductor_ext.explain(module, x)
     assert report.rewritten or report.left_alone
-    check(module, dense, x, compiled(module, strict=False)(x))
+    check(idiom, module, dense, x, compiled(module, strict=False)(x))
 
 
 @pytest.mark.parametrize(("idiom", "dtype"), [(idiom, DTYPES[i % 3]) for i, idiom in enumerate(CORE)], ids=named)
 def test_compiled_by_inductor(idiom: Idiom, dtype: torch.dtype) -> None:
     module, dense, x = given(idiom, dtype)
-    check(module, dense, x, compiled(module)(x))
+    check(idiom, module, dense, x, compiled(module)(x))
+
+
+def test_a_replaced_tensor_in_a_dict_is_noticed(without_inductor: None) -> None:
+    idiom = by_name("tensors in a plain dict")
+    module, dense, x = given(idiom, torch.float32)
+    run = compiled(module)
+    check(idiom, module, dense, x, run(x))
+    module.held["scales"] = module.held["scales"] * 2
+    check(idiom, module, dense * 2, x, run(x))
+
+
+def test_a_weight_that_outgrows_4_bits_is_still_right(without_inductor: None) -> None:
+    idiom = by_name("unpacked int8 -8..7, no zeros")
+    module, dense, x = given(idiom, torch.float32)
+    run = compiled(module, strict=False)
+    check(idiom, module, dense, x, run(x))
+    module.q[2, 3] = 100
+    dense[2, 3] = 100 * module.scales[2, 0].double()
+    check(idiom, module, dense, x, run(x))
+
+
+def by_name(name: str) -> Idiom:
+    (idiom,) = (idiom for idiom in POSITIVES if idiom.name == name)
+    return idiom

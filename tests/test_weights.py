@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from models import GPTQ, SPELLINGS, CompressedTensors, Packed, recompiles, rel_l
 from torch import Tensor, nn
 
 import inductor_ext
-from inductor_ext import kernels, weights
+from inductor_ext import kernels
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
 
@@ -29,22 +31,31 @@ def nothing_compiled_before() -> Iterator[None]:
 
 
 class Runs:
-    count = 0
+    """Calls of packed kernels: a right answer must come from the fused op, not from the graph as it was."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.addresses: list[int] = []
+        """Of the packed tensors of the last call."""
+        self.packed: list[weakref.ref[Tensor]] = []
+        """Every packed tensor that a kernel was given."""
 
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Counts the calls of packed kernels: a right answer must come from the fused op, not from the graph as it was."""
-    counted = Runs()
+    seen = Runs()
     for name in ("cpu", "reference"):
         kernel: Any = kernels.load(name)
 
-        def run(*args: Any, run: Any = kernel.run) -> Any:
-            counted.count += 1
-            return run(*args)
+        def run(x: Tensor, packed: Any, *args: Any, run: Any = kernel.run) -> Any:
+            seen.count += 1
+            tensors = [t for t in packed if t is not None]
+            seen.addresses = [t.data_ptr() for t in tensors]
+            seen.packed += [weakref.ref(t) for t in tensors]
+            return run(x, packed, *args)
 
         monkeypatch.setattr(kernel, "run", run)
-    return counted
+    return seen
 
 
 def compiled(model: Any) -> Any:
@@ -257,95 +268,112 @@ def test_swap_tensors(runs: Runs) -> None:
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_packed_copies_die_with_the_weights(spelling: type[Packed]) -> None:
+def alive(watched: list[weakref.ref[Tensor]]) -> int:
     gc.collect()
-    start = len(weights._CACHE)
+    return sum(ref() is not None for ref in watched)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_packed_copies_die_with_the_weights(spelling: type[Packed], runs: Runs) -> None:
+    """One graph serves three layers, and lives on when one of them is gone."""
     layers = [spelling(32, 64, seed=i) for i in range(3)]
     run = torch.compile(lambda layer, x: layer(x), backend="w4a16")
-    for layer in layers:
+    run(layers[0], X)
+    runs.packed.clear()
+    for layer in layers[1:]:
         run(layer, X)
-    assert len(weights._CACHE) == start + 3
-    watched = [weakref.ref(t) for t in layers[1].buffers()]
+    watched = [*runs.packed, *(weakref.ref(t) for layer in layers[1:] for t in layer.buffers())]
+    assert alive(watched) == len(watched) > 4
     del layer, layers[1:]
-    gc.collect()
-    assert [ref() for ref in watched] == [None] * len(watched)
-    assert len(weights._CACHE) == start + 1
+    assert alive(watched) == 0
     assert rel_l2(run(layers[0], X), layers[0].expected(X)) <= 2e-6
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_dead_model_holds_no_memory(spelling: type[Packed]) -> None:
-    gc.collect()
-    start = len(weights._CACHE)
+def test_a_dead_model_holds_no_memory(spelling: type[Packed], runs: Runs) -> None:
     model = spelling(32, 64)
     run = compiled(model)
     run(X)
     run(X[:2])
-    watched = [weakref.ref(t) for t in model.buffers()]
+    watched = [*runs.packed, *(weakref.ref(t) for t in model.buffers())]
     del model, run
     torch.compiler.reset()
-    gc.collect()
-    assert [ref() for ref in watched] == [None] * len(watched)
-    assert len(weights._CACHE) == start
+    assert alive(watched) == 0
 
 
-def test_replaced_weights_hold_no_memory() -> None:
-    gc.collect()
+def test_replaced_weights_hold_no_memory(runs: Runs) -> None:
     model = GPTQ(32, 64)
     run = compiled(model)
     run(X)
-    start = len(weights._CACHE)
-    for seed in range(1, 6):
-        model.load_state_dict(GPTQ(32, 64, seed=seed).state_dict(), assign=True)
-        assert right(model, run)
-    gc.collect()
-    assert len(weights._CACHE) == start
+    watched = [*runs.packed, *(weakref.ref(t) for t in model.buffers())]
+    model.load_state_dict(GPTQ(32, 64, seed=1).state_dict(), assign=True)
+    assert right(model, run)
+    assert alive(watched) == 0
 
 
 def test_explain_keeps_nothing() -> None:
-    gc.collect()
-    start = len(weights._CACHE)
     model = GPTQ(32, 64)
     inductor_ext.explain(model, X)
     watched = [weakref.ref(t) for t in model.buffers()]
     del model
-    gc.collect()
-    assert [ref() for ref in watched] == [None] * len(watched)
-    assert len(weights._CACHE) == start
+    assert alive(watched) == 0
 
 
-def packed_tensors(model: nn.Module) -> list[Tensor]:
-    own = {id(t) for t in model.buffers()}
-    (entry,) = (entry for key, entry in weights._CACHE.items() if own.intersection(key[1:]))
-    (packed,) = entry._packs.values()
-    return [t for t in packed if t is not None]
-
-
-def test_a_layout_that_needs_no_packing_is_not_copied() -> None:
+def test_a_layout_that_needs_no_packing_is_not_copied(runs: Runs) -> None:
     model = CompressedTensors(32, 64)
     compiled(model)(X)
-    assert [t.data_ptr() for t in packed_tensors(model)] == [t.data_ptr() for t in model.buffers()]
+    assert runs.addresses == [t.data_ptr() for t in model.buffers()]
 
 
-def test_packed_copies_stay_at_their_addresses() -> None:
+def test_packed_copies_stay_at_their_addresses(runs: Runs) -> None:
     """Captured CUDA graphs read them there."""
     model = GPTQ(32, 64)
     run = compiled(model)
     run(X)
-    before = [t.data_ptr() for t in packed_tensors(model)]
+    before = runs.addresses
     model.load_state_dict(GPTQ(32, 64, seed=2).state_dict())
     assert right(model, run)
-    assert [t.data_ptr() for t in packed_tensors(model)] == before
+    assert runs.addresses == before
+    assert set(before).isdisjoint(t.data_ptr() for t in model.buffers())
 
 
-def test_a_deep_copy_has_its_own_weights(runs: Runs) -> None:
-    import copy
+# -- copies --------------------------------------------------------------------------------------------------------------
 
-    model = GPTQ(32, 64)
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_deep_copy_has_its_own_weights(spelling: type[Packed]) -> None:
+    model: Any = spelling(32, 64)
     run = torch.compile(lambda layer, x: layer(x), backend="w4a16")
     run(model, X)
     twin = copy.deepcopy(model)
-    twin.scales.mul_(3)
-    assert rel_l2(run(twin, X), twin.expected(X)) <= 2e-6
-    assert rel_l2(run(model, X), model.expected(X)) <= 2e-6
+    next(twin.buffers()).bitwise_not_()
+    for layer in (twin, model):
+        assert rel_l2(run(layer, X), layer.expected(X)) <= 2e-6
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_compiled_model_is_saved_as_any_other(spelling: type[Packed], tmp_path: Path) -> None:
+    """Packed copies are no part of what is saved, and torch.load's safe mode reads it."""
+    model = spelling(32, 64)
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+    torch.save(model.state_dict(), tmp_path / "before" / "model.pt")
+    compiled(model)(X)
+    torch.save(model.state_dict(), tmp_path / "after" / "model.pt")
+    loaded = torch.load(tmp_path / "after" / "model.pt", weights_only=True)
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    sizes = [(tmp_path / name / "model.pt").stat().st_size for name in ("before", "after")]
+    assert sizes[0] == sizes[1]
+
+
+def test_layers_that_share_their_codes(runs: Runs) -> None:
+    """Tied codes under scales of their own."""
+    first, second = CompressedTensors(32, 64, seed=1), CompressedTensors(32, 64, seed=2)
+    second.weight_packed = first.weight_packed
+    run = torch.compile(lambda layer, x: layer(x), backend="w4a16")
+    for layer in (first, second) * 2:
+        assert rel_l2(run(layer, X), layer.expected(X)) <= 2e-6
+    both = torch.compile(lambda x: first(x) + second(x), backend="w4a16")
+    assert rel_l2(both(X), first.expected(X) + second.expected(X)) <= 2e-6
+    assert runs.count == 6

@@ -124,7 +124,7 @@ void direct_unit(int64_t rows, const Grouping<P>& grouping, const int32_t* const
 template <class P>
 void lay_out_steps(const Call& call, const Grouping<P>& grouping, const Blocks& blocks, uint32_t* dst) {
   const int64_t words = call.K / 8, row_units = grouping.steps * P::kUnits * P::L;
-  run_parallel(call.M, div_up(1 << 14, call.K), [&](int64_t begin, int64_t end) {
+  run_parallel(call.M, div_up(1 << 16, call.K), [&](int64_t begin, int64_t end) {
     Buffer<float> scratch(call.K + P::L);
     for (int64_t m = begin; m < end; ++m) {
       const void* row = x_row<P>(call, m, scratch);

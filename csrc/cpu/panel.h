@@ -124,7 +124,7 @@ Tile tile_of(int64_t rows, int64_t vectors) {
 template <class P>
 void lay_out_blocks(const Call& call, int64_t m0, const Blocks& blocks, uint32_t* dst) {
   const int64_t words = call.K / 8;
-  run_parallel(blocks.count(), div_up(1 << 14, call.K * blocks.block), [&](int64_t begin, int64_t end) {
+  run_parallel(blocks.count(), div_up(1 << 16, call.K * blocks.block), [&](int64_t begin, int64_t end) {
     Buffer<float> scratch(call.K + P::L);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t size = blocks.size(b);

@@ -10,9 +10,6 @@ from inductor_ext.kernels import Packed, Problem
 
 NAME = "reference"
 
-# 4 MiB of float32 at a time: the dequantised weight never exists as a whole.
-_BLOCK_ELEMENTS = 1 << 20
-
 
 def usable() -> str | None:
     return None
@@ -34,8 +31,6 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tens
     weight = unpack(packed)
     out = torch.empty(x.shape[0], weight.N, dtype=x.dtype, device=x.device)
     wide = x.float()
-    for start in range(0, weight.N, step := max(1, _BLOCK_ELEMENTS // weight.K)):
-        block = weight.rows(start, start + step).dequantize()
-        y = torch.nn.functional.linear(wide, block, None if bias is None else bias[start : start + step].float())
-        out[:, start : start + step] = y
+    for rows, block in weight.blocks():  # the dequantised weight never exists as a whole
+        out[:, rows] = torch.nn.functional.linear(wide, block.dequantize(), None if bias is None else bias[rows].float())
     return out

@@ -138,8 +138,8 @@ def _linear_grad_x(
     weight: PackedInt4 = kernels.load(kernel).unpack(Packed(qweight, scales, zeros, order))
     rows = grad.reshape(-1, grad.shape[-1]).float()
     out = torch.zeros(rows.shape[0], in_features, dtype=torch.float32, device=grad.device)
-    for start in range(0, weight.N, step := max(1, (1 << 20) // weight.K)):
-        out.addmm_(rows[:, start : start + step], weight.rows(start, start + step).dequantize())
+    for some, block in weight.blocks():
+        out.addmm_(rows[:, some], block.dequantize())
     return out.to(grad.dtype).view(*grad.shape[:-1], in_features)
 
 
