@@ -1,13 +1,15 @@
 """The whole way, once: a random W4A16 Llama is written to disk, loaded packed, compiled, generates, and is compared.
 
-    python bench/demo.py
+    python bench/demo.py [FOLDER]
 
-Exits with 1 if the compiled model is farther from the float32 dequantised model than 1.1 times what the dense bfloat16
-model is.
+FOLDER keeps the checkpoint, for `python -m inductor_ext run FOLDER --prompt "w1 w2 w3"`.
+Exits with 1 if an int4 matmul was left alone, or if the compiled model is farther from the float32 dequantised model
+than 1.1 times what the dense bfloat16 model is.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -40,37 +42,48 @@ CONFIG = LlamaConfig(
 
 
 def main() -> int:
-    transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_compressed_tensors(folder, CONFIG, group_size=128)
-        write_tokenizer(folder, CONFIG.vocab_size)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        print(
-            f"compressed-tensors wrote a random W4A16 Llama of {CONFIG.num_hidden_layers} layers, {size / 1e6:.1f} MB."
-        )
-        model = inductor_ext.from_pretrained(folder, dtype=torch.bfloat16)
-        dense = decompress(folder)
-        exact, plain = (dense_model(folder, dense, dtype) for dtype in (torch.float32, torch.bfloat16))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    kept: Path | None = parser.parse_args().folder
+    with tempfile.TemporaryDirectory() as temporary:
+        model, plain, exact = prepare(kept or Path(temporary))
+    report = inductor_ext.explain(model, PROMPT)
+    print(f"\n{report}\n")
+    tokens = generate(model)
+    near = compare(torch.compile(model, backend="w4a16"), plain, exact, tokens)
+    return 0 if near and not report.left_alone else 1
 
-    print("\n" + str(inductor_ext.explain(model, PROMPT)) + "\n")
-    times = {}
+
+def prepare(folder: Path) -> tuple[Any, Any, Any]:
+    """Writes the checkpoint; returns the packed model, and the dense ones in bfloat16 and float32."""
+    transformers_logging.disable_progress_bar()
+    write_compressed_tensors(folder, CONFIG, group_size=128)
+    write_tokenizer(folder, CONFIG.vocab_size)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    print(f"compressed-tensors wrote a random W4A16 Llama of {CONFIG.num_hidden_layers} layers, {size:.1f} MB.")
+    packed = inductor_ext.from_pretrained(folder, dtype=torch.bfloat16)
+    tensors = decompress(folder)
+    return packed, dense_model(folder, tensors, torch.bfloat16), dense_model(folder, tensors, torch.float32)
+
+
+def generate(model: Any) -> Tensor:
+    """Prints the time a token takes with our backend and with Inductor alone; returns our tokens, int64 [1, T]."""
+    done, seconds = {}, {}
     for backend in ("w4a16", "inductor"):
         torch.compiler.reset()
         start = time.perf_counter()
-        done = greedy(model, PROMPT, NEW_TOKENS, backend=backend)
-        times[backend] = done.seconds_per_token or float("nan")
+        done[backend] = greedy(model, PROMPT, NEW_TOKENS, backend=backend)
+        seconds[backend] = done[backend].seconds_per_token
         print(f"{backend:>8}: {NEW_TOKENS} tokens in {time.perf_counter() - start:.1f} s with compiling,", end=" ")
-        print(f"then {1e3 * times[backend]:.2f} ms/token")
-        if backend == "w4a16":
-            tokens = done.tokens
-    print(f"  {times['inductor'] / times['w4a16']:.1f} times as fast as backend='inductor' on the same packed model\n")
-    return compare(torch.compile(model, backend="w4a16"), plain, exact, tokens)
+        print(f"then {1e3 * seconds[backend]:.2f} ms/token")
+    ratio = seconds["inductor"] / seconds["w4a16"]
+    print(f"  {ratio:.1f} times as fast as backend='inductor' on the same packed model\n")
+    return done["w4a16"].tokens
 
 
 @torch.no_grad()
-def compare(compiled: Any, plain: Any, exact: Any, tokens: Tensor) -> int:
-    """Prints how far two bfloat16 models are from the float32 one over the generated text; returns the exit code."""
+def compare(compiled: Any, plain: Any, exact: Any, tokens: Tensor) -> bool:
+    """Prints how far two bfloat16 models are from the float32 one over the generated text; says if ours is near."""
     truth = exact(tokens).logits
     errors = [distance(model(tokens).logits, truth) for model in (compiled, plain)]
     chosen, first = tokens[0, PROMPT.shape[1] :], truth[0, PROMPT.shape[1] - 1 : -1].argmax(-1)
@@ -80,7 +93,7 @@ def compare(compiled: Any, plain: Any, exact: Any, tokens: Tensor) -> int:
     print(f"  packed, compiled, bfloat16: {errors[0]:.2e}\n  dense, bfloat16:            {errors[1]:.2e}")
     right = errors[0] <= 1.1 * errors[1]
     print("As near as the dense model." if right else "WRONG: farther than 1.1 times the dense model.")
-    return 0 if right else 1
+    return right
 
 
 def distance(found: Tensor, truth: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from inductor_ext import passes, prove, subclasses, weights
-from inductor_ext.capture import DynamoSite, Slot
+from inductor_ext.capture import DynamoSite, Slot, clone
 from inductor_ext.options import Options, inductor_config, split
 from inductor_ext.report import Report
 from inductor_ext.rewrite import Proved, Strict, examine, rewrite
@@ -39,7 +39,7 @@ def w4a16(
         return _inductor(gm, example_inputs, config)
     feeds = [_feed(site, p) for p in proved]
     compiled = _inductor(site.gm, site.inputs, config)
-    return _fed(compiled, feeds, own.strict, lambda: _inductor(gm, example_inputs, config))
+    return _fed(compiled, feeds, own.strict, _original(gm, config))
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
@@ -74,12 +74,22 @@ def _feed(site: DynamoSite, p: Proved) -> Feed:
     return Feed(slots, p.recipe, p.kernel, p.entry.kind)
 
 
-def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Callable[[], Compiled]) -> Compiled:
+def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:
+    """The graph as it was, compiled by Inductor if it is ever called. It holds no tensor of the call that it was captured in."""
+    plain = clone(gm)
+    for node in plain.graph.nodes:
+        node.meta = {}
+    plain.meta = {}
+    compiled: Compiled = torch.compile(plain, options=dict(config))
+    return compiled
+
+
+def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Compiled) -> Compiled:
     """The compiled graph, called with the packed weights of whatever stored tensors it is called with.
 
     One graph serves many layers, and weights may change: should those of a call not be what was proved, the call runs the graph as it was.
     """
-    plain: list[Compiled] = []
+    told: set[str] = set()
 
     def run(*args: Any) -> Any:
         try:
@@ -87,10 +97,10 @@ def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Call
         except prove.NotProved as reason:
             if strict:
                 raise Strict(f"w4a16.strict: a weight that the graph was not compiled with: {reason}") from None
-            if not plain:
+            if str(reason) not in told:
+                told.add(str(reason))
                 log.warning("a graph runs as it was before rewriting, for a weight that it was not compiled with: %s", reason)
-                plain.append(original())
-            return plain[0](*args)
+            return original(*args)
         return compiled(*args, *extra)
 
     return run

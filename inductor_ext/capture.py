@@ -50,6 +50,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta.pop("grapharg", None)  # Dynamo's own, which watches the tensor of the first call
         if hasattr(node, "_dynamo_source"):
             copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     new = fx.GraphModule(gm, graph)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.base import distance
+from zoo.base import distance, fresh
 
 import inductor_ext
 
@@ -18,11 +18,10 @@ OWED = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
+def alone() -> Iterator[None]:
     torch.manual_seed(0)
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+    with fresh():
+        yield
 
 
 def rewritten(module: Any, dense: Tensor, dtype: torch.dtype = torch.bfloat16, bias: Tensor | None = None) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from zoo import EITHER, POSITIVES, Idiom
-from zoo.base import distance, given
+from zoo.base import distance, fresh, given
 
 import inductor_ext
 from inductor_ext import backend
@@ -28,10 +28,9 @@ ROTATED = [(idiom, DTYPES[i % 3]) for i, idiom in enumerate(POSITIVES)]
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+def alone() -> Iterator[None]:
+    with fresh():
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from zoo import NEGATIVES, Idiom
-from zoo.base import call, given
+from zoo.base import call, fresh, given
 
 import inductor_ext
 
@@ -15,10 +15,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+def alone() -> Iterator[None]:
+    with fresh():
+        yield
 
 
 def named(value: Any) -> str:

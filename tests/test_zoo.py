@@ -1,14 +1,22 @@
 """The zoo computes what it says: every module against its exact dense weight, in eager PyTorch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from zoo import ZOO, Idiom
-from zoo.base import call, distance, given
+from zoo.base import call, distance, fresh, given
 from zoo.refusals import Noisy
 
 SHAPES = [(64, 128, 32), (32, 192, 64), (64, 64, 64)]
 # Of eager modules, which round at every step: looser than what the fused ops owe.
 EAGER = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with fresh():
+        yield
 
 
 @pytest.mark.parametrize("idiom", ZOO, ids=lambda idiom: idiom.name)

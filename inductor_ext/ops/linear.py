@@ -165,6 +165,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
+def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, qweight, scales, zeros, order, _, ctx.group_size, ctx.kernel = inputs
+    ctx.out_features = grad.shape[-1]
+    ctx.save_for_backward(qweight, scales, zeros, order)
+
+
+def _backward_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of grad @ W with respect to grad is the forward itself."""
+    twice = torch.ops.w4a16.linear(grad, *ctx.saved_tensors, None, ctx.out_features, ctx.group_size, ctx.kernel)
+    return twice, None, None, None, None, None, None, None
+
+
 torch.library.register_autograd("w4a16::linear", _backward, setup_context=_save, lib=LIB)
+torch.library.register_autograd("w4a16::linear_grad_x", _backward_grad, setup_context=_save_grad, lib=LIB)
 
 linear = torch.ops.w4a16.linear.default

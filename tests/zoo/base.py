@@ -5,8 +5,9 @@ Nothing here uses inductor_ext: a mistake in the package must not hide behind th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,14 @@ def call(module: Any, x: Tensor) -> Tensor:
 def distance(y: Tensor, expected: Tensor) -> float:
     """Relative L2."""
     return float(((y.double() - expected).norm() / expected.norm()).detach())
+
+
+@contextlib.contextmanager
+def fresh() -> Iterator[None]:
+    """Nothing compiled before or left behind; one thread, since threads only wait for each other on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    torch.set_num_threads(threads)
