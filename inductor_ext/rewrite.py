@@ -87,7 +87,7 @@ def examine(site: Site, options: Options, report: Report, subclass: Subclass | N
             left.append(LeftAlone(where(anchor.node), _sentence(str(refusal))))
         else:
             proved += [found] if found is not None else []
-    proved = _without_shared(proved, left)
+    proved = _without_shared(site.graph, proved, left)
     report.rewritten += [p.rewritten for p in proved]
     report.left_alone += left
     report.graphs += 1
@@ -239,13 +239,17 @@ def _verdict(program: Program, signature: str, sources: Sequence[Tensor], N: int
 # -- the graph ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _without_shared(proved: list[Proved], left: list[LeftAlone]) -> list[Proved]:
+def _without_shared(graph: fx.Graph, proved: list[Proved], left: list[LeftAlone]) -> list[Proved]:
     """Leaves alone what would not save the dequantisation: a weight-sized intermediate with a user that stays in the graph."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or is_write(node) or node.is_impure() or not live.isdisjoint(node.users):
+            live.add(node)
     while True:
         gone = {p.anchor.node for p in proved}
         inside = {node for p in proved if not p.inside for node in p.cone.nodes}
         for p in proved:
-            user = None if p.inside else _stays(p, gone, inside)
+            user = None if p.inside else _stays(p, live - gone - inside)
             if user is not None:
                 reason = f"its dequantised weight is also used by {user.name}, for which it would be computed all the same"
                 left.append(LeftAlone(p.rewritten.where, _sentence(reason)))
@@ -255,12 +259,12 @@ def _without_shared(proved: list[Proved], left: list[LeftAlone]) -> list[Proved]
             return proved
 
 
-def _stays(p: Proved, gone: set[fx.Node], inside: set[fx.Node]) -> fx.Node | None:
+def _stays(p: Proved, staying: set[fx.Node]) -> fx.Node | None:
     for node in p.cone.nodes:
         value = meta(node)
         if not isinstance(value, Tensor) or value.numel() >= p.recipe.reading.N * p.recipe.reading.K:
             for user in node.users:
-                if user not in gone and user not in inside and (user.users or user.op == "output"):
+                if user in staying:
                     return user
     return None
 

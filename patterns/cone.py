@@ -32,16 +32,24 @@ class NotACone(Exception):
 
 
 class Program:
-    """What a cone computes, free of the graph it was found in: [N, K] from its leaves' tensors."""
+    """What a cone computes, free of the graph it was found in: [N, K] from its leaves' tensors.
 
-    def __init__(self, out: fx.Node, nodes: Sequence[fx.Node], leaves: Sequence[fx.Node], kn: bool) -> None:
+    ``aliases`` are further nodes that fetch the attribute of a leaf.
+    """
+
+    def __init__(
+        self, out: fx.Node, nodes: Sequence[fx.Node], leaves: Sequence[fx.Node], aliases: Sequence[fx.Node], kn: bool
+    ) -> None:
         graph = fx.Graph()
         copies = {leaf: graph.placeholder(f"leaf_{i}") for i, leaf in enumerate(leaves)}
+        same = {leaf.target: leaf for leaf in leaves if leaf.op == "get_attr"}
+        copies |= {node: copies[same[node.target]] for node in aliases}
         for node in nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}
         graph.output(copies[out])
         names = {node: i for i, node in enumerate((*leaves, *nodes))}
+        names |= {node: names[same[node.target]] for node in aliases}
         lines = [f"{_target(node)} {fx.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))!r}" for node in nodes]  # type: ignore[arg-type, return-value]
         self._structure = "\n".join((*lines, f"{names[out]} {kn}"))
         self._module, self._kn = fx.GraphModule({}, graph), kn
@@ -119,8 +127,12 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
             raise NotACone(f"its computation has more than {_LIMIT} operations")
         todo += [*node.all_input_nodes, *writes]
     nodes = tuple(sorted(inside, key=position.__getitem__))
-    leaves = tuple(sorted(at_leaves, key=position.__getitem__))
-    return Cone(nodes, leaves, Program(anchor.weight, nodes, leaves, anchor.kn))
+    ends = sorted(at_leaves, key=position.__getitem__)
+    # An attribute may be fetched more than once. It is one stored tensor.
+    first = {leaf.target: leaf for leaf in reversed(ends) if leaf.op == "get_attr"}
+    leaves = tuple(leaf for leaf in ends if first.get(leaf.target, leaf) is leaf)
+    aliases = [leaf for leaf in ends if leaf not in leaves]
+    return Cone(nodes, leaves, Program(anchor.weight, nodes, leaves, aliases, anchor.kn))
 
 
 def _why_not_inside(node: fx.Node) -> str | None:

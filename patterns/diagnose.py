@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.patterns.cone import Program
-from inductor_ext.patterns.recognise import Probe, Roles, code_range, neutral_zeros
+from inductor_ext.patterns.recognise import PACKED, Probe, Roles, code_range, neutral_zeros
 
 
 def diagnose(program: Program, values: Sequence[Tensor], attempts: Sequence[Roles], N: int, K: int) -> str:
@@ -107,7 +107,7 @@ def _groups(probe: Probe, N: int, K: int) -> str | None:
         leaf = probe.values[getattr(probe.roles, role)]
         elements = N * probe.roles.groups
         if role == "zeros" and not leaf.dtype.is_floating_point and leaf.numel() not in (1, elements):
-            drawn = probe.integers(leaf, -(1 << 20))
+            drawn = probe.integers(leaf, PACKED)
         else:
             drawn = probe.scales(leaf) if role == "scales" else probe.integers(leaf, 0)
         probe.draw(**{role: drawn})

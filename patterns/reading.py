@@ -177,7 +177,7 @@ class Reading:
         perm = None if self.index is None else _by_group(leaves[self.index.leaf], self.groups)
         leaf, codes = leaves[self.codes.matrix.leaf], self.codes
         if perm is None and codes == Codes(Matrix(codes.matrix.leaf, False, SEQUENTIAL), "offset binary", 0) and leaf.is_contiguous():
-            return PackedInt4(leaf.detach().view(N, K // 8), scales, zeros)
+            return PackedInt4(leaf.detach().view(torch.int32).view(N, K // 8), scales, zeros)
         nibbles = codes.read(leaf, N, K)
         if perm is None:
             return PackedInt4(SEQUENTIAL.pack(nibbles, 1), scales, zeros)

@@ -55,7 +55,7 @@ class Probe:
 
     def integers(self, leaf: Tensor, low: int) -> Tensor:
         """Random words, or, for one value an element, random values low..low+15."""
-        if low is _PACKED:
+        if low == PACKED:
             return _random_bits(leaf, self.random)
         return self._like(torch.randint(low, low + 16, (leaf.numel(),), generator=self.random, dtype=torch.int8), leaf)
 
@@ -75,7 +75,7 @@ class Probe:
         return self._weight
 
 
-_PACKED = -(1 << 20)
+PACKED = -(1 << 20)
 """As a lowest value: the integers are words of packed nibbles."""
 
 
@@ -132,9 +132,9 @@ def _index(leaf: int, value: Tensor, K: int, groups: int) -> Index | None:
 
 
 def code_range(value: Tensor, elements: int) -> int | None:
-    """The value of the lowest code: _PACKED for words, 0 or -8 for a code an element, None if its integers are beyond 4 bits."""
+    """The value of the lowest code: PACKED for words, 0 or -8 for a code an element, None if its integers are beyond 4 bits."""
     if value.numel() != elements:
-        return _PACKED
+        return PACKED
     lowest, highest = (int(v) for v in value.aminmax())
     return 0 if 0 <= lowest and highest <= 15 else -8 if -8 <= lowest and highest <= 7 else None
 
@@ -222,7 +222,7 @@ def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
     if old.dtype.is_floating_point:
         drawn = probe.integers(old, 0)
     else:
-        drawn = probe.integers(old, known.codes.low if old.numel() in (1, N * groups) else _PACKED)
+        drawn = probe.integers(old, known.codes.low if old.numel() in (1, N * groups) else PACKED)
     probe.draw(zeros=drawn)
     w = probe.weight()[at.n, at.k].float()
     column, group = at.columns(probe, known.index, groups)

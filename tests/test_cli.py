@@ -27,6 +27,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return written
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_new_process() -> None:
+    """Without what other tests compiled: after a few recompilations of one forward, Dynamo runs it uncompiled."""
+    torch.compiler.reset()
+
+
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command that must fail with exit code 2 says: one line on stderr, nothing on stdout."""
     capsys.readouterr()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from zoo import EITHER, POSITIVES, Idiom
+from zoo import EITHER, POSITIVES, ZOO, Idiom
 from zoo.base import distance, fresh, given
 
 import inductor_ext
@@ -110,6 +110,13 @@ def test_a_weight_that_outgrows_4_bits_is_still_right(without_inductor: None) ->
     check(idiom, module, dense, x, run(x))
 
 
+def test_a_refused_sibling_refuses_no_other() -> None:
+    """The same operations on the same shapes; only the values of the first are beyond 4 bits."""
+    for name, n in (("int8, one scale a row", 0), ("unpacked int8 -8..7, one scale a row, mul after to", 1)):
+        module, _, x = given(by_name(name), torch.float32)
+        assert len(inductor_ext.explain(module, x).rewritten) == n
+
+
 def by_name(name: str) -> Idiom:
-    (idiom,) = (idiom for idiom in POSITIVES if idiom.name == name)
+    (idiom,) = (idiom for idiom in ZOO if idiom.name == name)
     return idiom

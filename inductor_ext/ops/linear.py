@@ -43,7 +43,7 @@ def check(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: in
     require(x.dtype in _DTYPES, lambda: f"x must be float16, bfloat16 or float32, it is {x.dtype}.")
     require(x.dim() >= 1, lambda: "x must have at least one dimension, it is a scalar.")
     require(group_size > 0, lambda: f"group_size must be positive, it is {group_size}.")
-    require(not qweight.dtype.is_floating_point, lambda: f"qweight must hold integers, it is {qweight.dtype}.")
+    require(qweight.dtype == torch.int32, lambda: f"qweight must be int32, it is {qweight.dtype}.")
     require(scales.dtype in _DTYPES, lambda: f"scales must be float16, bfloat16 or float32, they are {scales.dtype}.")
     K = x.shape[-1]
     require(qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(qweight)}.")

@@ -1,4 +1,4 @@
-"""One packing, bytes along K, and the ways from codes to weights: rounding orders, and how scales are kept and spread."""
+"""One packing, bytes along K, and the ways from codes to weights: rounding orders, how scales are kept and spread."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def distance(y: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def fresh() -> Iterator[None]:
-    """Nothing compiled before or left behind; one thread, since threads only wait for each other on matrices this small."""
+    """Nothing compiled before or left behind; one thread, since on matrices this small threads wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.compiler.reset()

@@ -203,6 +203,16 @@ def _(d: Draw) -> Made:
     return Layer(d, weight, matmul=lambda m, x, w: (w @ x.T).T, **packed(d)), d.dense()
 
 
+@negative("addmm with other factors", "alpha|beta|factor", leading=((5,),))
+def _(d: Draw) -> Made:
+    def matmul(m: Any, x: Tensor, w: Tensor) -> Tensor:
+        return torch.addmm(m.added, x, w.t(), beta=0.5, alpha=2)
+
+    layer = Layer(d, weight, matmul=matmul, bias=d.floats(d.N), **packed(d))
+    layer.added = layer.bias * 2
+    return layer, d.dense() * 2
+
+
 @negative("a low-rank product added to the weight", "matmul|affine|added")
 def _(d: Draw) -> Made:
     def dequant(m: Any) -> Tensor:
