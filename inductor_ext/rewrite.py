@@ -17,11 +17,11 @@ from inductor_ext.capture import Site
 from inductor_ext.kernels import Problem
 from inductor_ext.ops import linear
 from inductor_ext.options import Options
-from inductor_ext.patterns.anchors import Anchor, anchors, meta, swapped
+from inductor_ext.patterns.anchors import Anchor, anchors, is_matmul, meta, read_anchor, swapped
 from inductor_ext.patterns.cone import Cone, NotACone, Program, cone, is_write, stored_integers
 from inductor_ext.patterns.opaque import already_fused
 from inductor_ext.patterns.reading import Reading
-from inductor_ext.patterns.recognise import NotRecognised, recognise
+from inductor_ext.patterns.recognise import NotRecognised, recognise, roles
 from inductor_ext.report import LeftAlone, Report, Rewritten
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,6 +79,7 @@ def examine(site: Site, options: Options, report: Report, subclass: Subclass | N
     for node in site.graph.nodes:
         if (reason := already_fused(node)) is not None:
             left.append(LeftAlone(where(node), reason))
+    left += [LeftAlone(where(node), _sentence(reason)) for node, reason in _other_matmuls(site)]
     trained = _trained(site)
     for anchor in anchors(site.graph):
         try:
@@ -113,6 +114,21 @@ def where(node: fx.Node) -> str:
         path = rest if scope == "L" and rest else root + rest
     path = re.sub(r"\.?(_modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\2", path).strip(".")
     return path or node.name
+
+
+def _other_matmuls(site: Site) -> list[tuple[fx.Node, str]]:
+    """Matmuls of int4 weights in a form that is not x @ W^T: batches of weights, scaled addmm, convolutions, ..."""
+    found = []
+    for node in site.graph.nodes:
+        if is_matmul(node) and read_anchor(node) is None:
+            operands = [n for n in node.all_input_nodes if stored_integers(n, lambda leaf: _seen(site, leaf))]
+            if operands:
+                found.append((node, f"the form of this {node.name} is not x @ W^T with one weight [N, K]"))
+    return found
+
+
+def _seen(site: Site, leaf: fx.Node) -> Any:
+    return stored if (stored := site.stored(leaf)) is not None else meta(leaf)
 
 
 def _trained(site: Site) -> set[fx.Node]:
@@ -150,13 +166,15 @@ def _examine(
             sources = [t for leaf in found.leaves if (t := site.stored(leaf)) is not None]
     except NotACone as error:
         raise _Refused(str(error)) from None
-    if trained and any(t.requires_grad for t in sources):
+    if trained and meta(anchor.weight).requires_grad:
         raise _Refused(
             "a stored tensor of it requires a gradient, which the fused op does not give; freeze it, or compile under torch.no_grad()"
         )
     N, K = anchor.size
     dtype = _dtype(anchor)
-    recipe, entry = _proof(found.program, found.program.signature(sources), sources, N, K)
+    # What a stored tensor may be taken for depends on its values too (int8 within 4 bits or not), and so does the verdict.
+    signature = f"{found.program.signature(sources)} {list(roles(sources, N, K))}"
+    recipe, entry = _proof(found.program, signature, sources, N, K)
     device, kind = sources[0].device, entry.kind
     problem = Problem(
         op="linear",
@@ -183,14 +201,10 @@ def _examine(
 
 def _speaks_of(site: Site, anchor: Anchor) -> bool:
     """Whether this is a matmul with a weight from integer storage. Raises _Refused if that weight is the left operand."""
-
-    def value(node: fx.Node) -> Any:
-        return stored if (stored := site.stored(node)) is not None else meta(node)
-
-    if stored_integers(anchor.weight, value):
+    if stored_integers(anchor.weight, lambda leaf: _seen(site, leaf)):
         return True
     left = swapped(anchor)
-    if left is not None and stored_integers(left, value):
+    if left is not None and stored_integers(left, lambda leaf: _seen(site, leaf)):
         try:
             cone(dataclasses.replace(anchor, x=anchor.weight, weight=left), site.why_not_stored)
         except NotACone:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -28,7 +29,7 @@ def inside(anchor: Anchor, weight: Tensor) -> tuple[Cone, list[tuple[str, ...]]]
         return torch.nn.functional.linear(x, rebuilt.t() if anchor.kn else rebuilt)
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tracing(None):  # Dynamo's own symbols are none of this graph's
             traced = make_fx(matmul, tracing_mode="fake")(x, *(part(weight, path) for path in paths))
     except Exception as error:
         raise NotACone(f"its {type(weight).__name__} cannot be traced ({type(error).__name__})") from error

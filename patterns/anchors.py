@@ -44,6 +44,25 @@ def anchors(graph: fx.Graph) -> list[Anchor]:
     return [found for node in graph.nodes if (found := read_anchor(node)) is not None]
 
 
+def name(node: fx.Node) -> str:
+    """What a node calls, without overload or namespace: "linear", "matmul", ..."""
+    if isinstance(node.target, str):
+        return node.target
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", ""))
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Whether a node multiplies matrices, in a form that we rewrite or in another."""
+    return node.op in ("call_function", "call_method") and name(node) in _MATMULS
+
+
+_MATMULS = {
+    *("linear", "matmul", "mm", "bmm", "addmm", "einsum", "__matmul__", "mv", "addmv", "inner", "tensordot", "baddbmm", "addbmm", "addmm_"),
+    *("baddbmm_", "multi_dot", "chain_matmul", "bilinear", "conv1d", "conv2d", "conv3d", "convolution", "_grouped_mm", "grouped_mm"),
+}
+
+
 def read_anchor(node: fx.Node) -> Anchor | None:
     """The node as an anchor, or None if it is no matmul that we can bring to the one form."""
     reader = _READERS.get(node.target) if node.op in ("call_function", "call_method") else None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from inductor_ext.patterns.anchors import Anchor, meta, read_anchor
+from inductor_ext.patterns.anchors import Anchor, is_matmul, meta, name
 
 _LIMIT = 512
 """Nodes in a cone. Real dequantisations have 5 to 60."""
@@ -138,12 +138,12 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
 def _why_not_inside(node: fx.Node) -> str | None:
     if node.op not in ("call_function", "call_method"):
         return f"the operation {node.name} ({node.op}) takes part in its computation"
-    if read_anchor(node) is not None:
+    if is_matmul(node):
         return f"a matmul ({node.name}) takes part in its computation"
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return f"a higher-order operation ({node.name}) takes part in its computation"
     tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or _name(node) in _RANDOM:
+    if torch.Tag.nondeterministic_seeded in tags or name(node) in _RANDOM:
         return f"a random operation ({node.name}) takes part in its computation"
     return None
 
@@ -153,13 +153,6 @@ _WRITES = {operator.setitem, operator.iadd, operator.isub, operator.imul, operat
            operator.ilshift, operator.irshift, operator.ifloordiv}  # fmt: skip
 _VIEWS = {"view", "reshape", "getitem", "narrow", "select", "slice", "t", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unbind",
           "split", "chunk", "expand", "view_as", "movedim", "unflatten", "T", "getattr", "swapaxes", "swapdims", "mT", "detach", "data"}  # fmt: skip
-
-
-def _name(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return str(getattr(packet, "__name__", ""))
 
 
 def is_write(node: fx.Node) -> bool:
@@ -176,8 +169,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
         values = [*zip(schema, node.args, strict=False), *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs)]
         written = [value for a, value in values if a.alias_info is not None and a.alias_info.is_write]
     else:
-        name = "" if getattr(node.target, "__module__", "") == "_operator" else _name(node)  # operator.and_ writes nothing
-        in_place = node.target in _WRITES or node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+        called = "" if getattr(node.target, "__module__", "") == "_operator" else name(node)  # operator.and_ writes nothing
+        in_place = node.target in _WRITES or node.kwargs.get("inplace") is True or (called.endswith("_") and not called.endswith("__"))
         written = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
     return [n for n in written if isinstance(n, fx.Node)]
 
@@ -193,7 +186,7 @@ def _writes(node: fx.Node) -> Iterable[fx.Node]:
             written = alias in _written(user)
             if written:
                 yield user
-            if written or _name(user) in _VIEWS:
+            if written or name(user) in _VIEWS:
                 seen.add(user)
                 todo.append(user)
 
@@ -216,7 +209,7 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
             leaf = value(node)
             if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8:
                 found.append(node)
-        elif node is out or read_anchor(node) is None:
+        elif node is out or not is_matmul(node):
             behind = [n for n in (*node.all_input_nodes, *_writes(node)) if n not in seen]
             todo += behind
             seen.update(behind)

@@ -14,10 +14,14 @@ from inductor_ext.patterns.recognise import PACKED, Probe, Roles, code_range, ne
 def diagnose(program: Program, values: Sequence[Tensor], attempts: Sequence[Roles], N: int, K: int) -> str:
     if not attempts:
         return _no_roles(values, N, K)
-    probe = Probe(program, values, attempts[0], K)
-    if probe.roles.zeros is not None:
-        probe.draw(zeros=neutral_zeros(values[probe.roles.zeros], N * probe.roles.groups))
-    return _code_book(probe, N, K) or _zeros(probe, N, K) or _groups(probe, N, K) or (
+    for attempt in attempts:
+        probe = Probe(program, values, attempt, K)
+        if attempt.zeros is not None:
+            probe.draw(zeros=neutral_zeros(values[attempt.zeros], N * attempt.groups))
+        book = _code_book(probe, N, K)
+        if len(set(book)) > 1:  # else these are other roles than the leaves have: the codes do not show
+            break
+    return _uneven(book) or _not_affine(book) or _zeros(probe, N, K) or _groups(probe, N, K) or (
         "which code lands where follows no bit order that is known (inductor_ext.formats.BIT_ORDERS)"
     )  # fmt: skip
 
@@ -54,19 +58,28 @@ def _constant_codes(probe: Probe, code: int, N: int, K: int) -> Tensor:
     return words.view(leaf.dtype).reshape(leaf.shape).to(leaf.device)
 
 
-def _code_book(probe: Probe, N: int, K: int) -> str | None:
-    """All codes equal, all scales 1: the weight must be one number, and the 16 numbers must be consecutive."""
+def _code_book(probe: Probe, N: int, K: int) -> list[tuple[float, float]]:
+    """All codes equal, all scales 1: the lowest and highest element of the weight, for each of the 16 codes."""
     probe.draw(scales=torch.ones_like(probe.values[probe.roles.scales]))
     book = []
     for code in range(16):
         probe.draw(codes=_constant_codes(probe, code, N, K))
         lowest, highest = (float(v) for v in probe.weight().float().aminmax())
+        book.append((lowest, highest))
+    return book
+
+
+def _uneven(book: list[tuple[float, float]]) -> str | None:
+    for code, (lowest, highest) in enumerate(book):
         if lowest != highest:
             return f"the value of code {code} depends on where it stands: {lowest:g} here, {highest:g} there, under equal scales and zeros"
-        book.append(lowest)
-    values = sorted(set(book))
+    return None
+
+
+def _not_affine(book: list[tuple[float, float]]) -> str | None:
+    values = sorted({lowest for lowest, _ in book})
     steps = {b - a for a, b in zip(values, values[1:], strict=False)}
-    listed = ", ".join(f"{v:g}" for v in book)
+    listed = ", ".join(f"{v:g}" for v, _ in book)
     if len(values) < 16 and steps <= {1.0}:
         return f"its codes are masked or clamped: the 16 codes give {len(values)} values ({listed})"
     if steps != {1.0}:

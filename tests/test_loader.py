@@ -6,7 +6,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,15 @@ FORMATS: dict[str, tuple[Callable[..., Checkpoint], dict[str, Any]]] = {
 }
 IDS = (torch.arange(24).view(2, 12) * 37 + 5) % 256
 every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write(folder: Path, name: str, config: PretrainedConfig, **changes: Any) -> Checkpoint:
