@@ -41,7 +41,8 @@ class Site(Protocol):
     def out_of_reach(self) -> list[tuple[Anchor, str]]:
         """Matmuls of int4 weights in graphs within this graph, and why they are not looked at."""
 
-    log: logging.Logger
+    loudness: int
+    """The logging level at which what is left alone is spoken of."""
 
 
 def clone(gm: fx.GraphModule) -> fx.GraphModule:
@@ -108,7 +109,7 @@ class DynamoSite:
             return None
         return f"the activation or argument {node.name} takes part in its computation; weights are parameters, buffers or tensors held by a module"
 
-    log = logging.getLogger("inductor_ext.rewrite")
+    loudness = logging.WARNING
 
     def attach(self, packed: Packed) -> list[fx.Node | None]:
         return [None if t is None else self._placeholder(t) for t in packed]
@@ -145,8 +146,9 @@ def _held(source: Source | None) -> bool:
 class ConstantSite:
     """An ATen graph whose weights are attributes: what export and AOTInductor compile."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, loudness: int = logging.WARNING) -> None:
         assert graph.owning_module is not None
+        self.loudness = loudness
         self.training = False
         self.gm, self.graph = graph.owning_module, graph
 
@@ -160,8 +162,6 @@ class ConstantSite:
         if not isinstance(value, Tensor) or isinstance(value, torch._subclasses.FakeTensor):
             return f"the value of the attribute {node.name} is not known when this graph is compiled"
         return None
-
-    log = logging.getLogger("inductor_ext.passes")
 
     def attach(self, packed: Packed) -> list[fx.Node | None]:
         return [None if t is None else self._constant(t) for t in packed]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
-import inductor_ext
 from inductor_ext.capture import ConstantSite
 from inductor_ext.options import Options
 from inductor_ext.report import Report
@@ -27,18 +27,19 @@ _SLOT = "joint_custom_pre_pass"
 
 
 class W4A16Pass(CustomGraphPass):
-    """Rewrites int4 matmuls whose weights are attributes of the graph; ``then`` is another pass for the same place, run afterwards.
+    """Rewrites int4 matmuls whose weights are attributes of the graph; ``then`` is another pass for the same place, run afterwards;
+    ``loudness`` the logging level at which what is left alone is spoken of.
 
     Weights that are inputs of the graph are left alone: a compiled graph can be found in a cache and used with other inputs, for which nothing
     would have been proved.
     """
 
-    def __init__(self, options: Options = Options(), then: Any = None) -> None:
-        self.options, self.then = options, then
+    def __init__(self, options: Options = Options(), then: Any = None, loudness: int = logging.WARNING) -> None:
+        self.options, self.then, self.loudness = options, then, loudness
 
     def __call__(self, graph: fx.Graph) -> None:
         with _disable_current_modes(), torch.no_grad():
-            rewrite(ConstantSite(graph), self.options, Report())
+            rewrite(ConstantSite(graph, self.loudness), self.options, Report())
         if self.then is not None:
             self.then(graph)
 
@@ -70,4 +71,4 @@ def with_pass(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
     if isinstance(theirs, W4A16Pass):
         return dict(config)
     # What the backend has left alone is left alone again, and has been spoken of.
-    return {**config, _SLOT: W4A16Pass(dataclasses.replace(options, strict=False), theirs)}
+    return {**config, _SLOT: W4A16Pass(dataclasses.replace(options, strict=False), theirs, logging.DEBUG)}

@@ -17,7 +17,7 @@ from inductor_ext.capture import Site
 from inductor_ext.kernels import Problem
 from inductor_ext.ops import linear
 from inductor_ext.options import Options
-from inductor_ext.patterns.anchors import Anchor, anchors, is_matmul, meta, read_anchor, swapped
+from inductor_ext.patterns.anchors import Anchor, anchors, is_matmul, meta, name, read_anchor, swapped
 from inductor_ext.patterns.cone import Cone, NotACone, Program, cone, is_write, stored_integers
 from inductor_ext.patterns.opaque import already_fused
 from inductor_ext.patterns.reading import Reading
@@ -93,8 +93,9 @@ def examine(site: Site, options: Options, report: Report, subclass: Subclass | N
     report.left_alone += left
     report.graphs += 1
     for alone in left:
-        site.log.warning("%s is left alone: %s", alone.where, alone.reason)
-    site.log.info("%d of %d int4 matmuls rewritten", len(proved), len(proved) + len(left))
+        log.log(site.loudness, "%s is left alone: %s", alone.where, alone.reason)
+    if proved or left:
+        log.info("%d of %d int4 matmuls rewritten", len(proved), len(proved) + len(left))
     if options.strict and left:
         raise Strict("w4a16.strict: " + "; ".join(f"{a.where} is left alone: {a.reason}" for a in left))
     return proved
@@ -120,10 +121,11 @@ def _other_matmuls(site: Site) -> list[tuple[fx.Node, str]]:
     """Matmuls of int4 weights in a form that is not x @ W^T: batches of weights, scaled addmm, convolutions, ..."""
     found = []
     for node in site.graph.nodes:
-        if is_matmul(node) and read_anchor(node) is None:
+        if is_matmul(node) and node.target is not linear and read_anchor(node) is None:
             operands = [n for n in node.all_input_nodes if stored_integers(n, lambda leaf: _seen(site, leaf))]
             if operands:
-                found.append((node, f"the form of this {node.name} is not x @ W^T with one weight [N, K]"))
+                form = "batches of weights, factors alpha and beta, vectors and convolutions are not looked at"
+                found.append((node, f"this {name(node)} is not of the form x @ W^T with one weight [N, K]; {form}"))
     return found
 
 
@@ -257,7 +259,8 @@ def _without_shared(graph: fx.Graph, proved: list[Proved], left: list[LeftAlone]
     """Leaves alone what would not save the dequantisation: a weight-sized intermediate with a user that stays in the graph."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or is_write(node) or node.is_impure() or not live.isdisjoint(node.users):
+        acts = node.op == "output" or is_write(node) or node.is_impure()
+        if (acts or not live.isdisjoint(node.users)) and not _is_assertion(node):
             live.add(node)
     while True:
         gone = {p.anchor.node for p in proved}
@@ -281,6 +284,11 @@ def _stays(p: Proved, staying: set[fx.Node]) -> fx.Node | None:
                 if user in staying:
                     return user
     return None
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    """Whether a node only states a tensor's dtype and device, as export has it after casts. It goes with the tensor."""
+    return name(node) == "_assert_tensor_metadata"
 
 
 def _replace(site: Site, p: Proved, replaced: dict[fx.Node, fx.Node]) -> None:
@@ -309,6 +317,7 @@ def _cast(graph: fx.Graph, node: fx.Node | None, dtype: torch.dtype) -> fx.Node 
 def _erase(graph: fx.Graph, proved: list[Proved]) -> None:
     """Removes the cones, but for what the rest of the graph still reads."""
     nodes = {node for p in proved if not p.inside for node in p.cone.nodes}
+    nodes |= {user for node in nodes for user in node.users if _is_assertion(user)}
     order = [node for node in graph.nodes if node in nodes]
     kept = True
     while kept:

@@ -54,7 +54,13 @@ def name(node: fx.Node) -> str:
 
 def is_matmul(node: fx.Node) -> bool:
     """Whether a node multiplies matrices, in a form that we rewrite or in another."""
-    return node.op in ("call_function", "call_method") and name(node) in _MATMULS
+    if node.op not in ("call_function", "call_method") or name(node) not in _MATMULS:
+        return False
+    equation = node.args[0] if name(node) == "einsum" and node.args else None
+    if isinstance(equation, str) and "->" in equation:
+        inputs, result = equation.split("->")
+        return not set(inputs) - {",", " "} <= set(result)  # else nothing is summed over: a product of elements
+    return True
 
 
 _MATMULS = {

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from inductor_ext.patterns.anchors import Anchor, is_matmul, meta, name
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
-
-from inductor_ext.patterns.anchors import Anchor, is_matmul, meta, name
 
 _LIMIT = 512
 """Nodes in a cone. Real dequantisations have 5 to 60."""
@@ -209,7 +208,7 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
             leaf = value(node)
             if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8:
                 found.append(node)
-        elif node is out or not is_matmul(node):
+        elif not is_matmul(node):
             behind = [n for n in (*node.all_input_nodes, *_writes(node)) if n not in seen]
             todo += behind
             seen.update(behind)

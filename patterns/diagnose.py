@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from inductor_ext.patterns.cone import Program
 from inductor_ext.patterns.recognise import PACKED, Probe, Roles, code_range, neutral_zeros
+from torch import Tensor
 
 
 def diagnose(program: Program, values: Sequence[Tensor], attempts: Sequence[Roles], N: int, K: int) -> str:

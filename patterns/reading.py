@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import BIT_ORDERS, CODE_BOOKS, SEQUENTIAL, ZERO_CONVENTIONS, BitOrder, PackedInt4, nibbles_per_word
+from inductor_ext.formats import (
+    BIT_ORDERS,
+    CODE_BOOKS,
+    SEQUENTIAL,
+    ZERO_CONVENTIONS,
+    BitOrder,
+    PackedInt4,
+    nibbles_per_word,
+)
 
 
 class NotCanonical(Exception):

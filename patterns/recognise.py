@@ -12,11 +12,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
+from inductor_ext.patterns.cone import Program
+from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 from torch import Tensor
 
 from inductor_ext.formats import CODE_BOOKS, ZERO_CONVENTIONS
-from inductor_ext.patterns.cone import Program
-from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 
 _SAMPLES = 8192
 _SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, -0.5, -0.75, -1.0, -1.5, -2.0, -3.0)
@@ -136,7 +136,7 @@ def code_range(value: Tensor, elements: int) -> int | None:
     if value.numel() != elements:
         return PACKED
     lowest, highest = (int(v) for v in value.aminmax())
-    return 0 if 0 <= lowest and highest <= 15 else -8 if -8 <= lowest and highest <= 7 else None
+    return 0 if lowest >= 0 and highest <= 15 else -8 if lowest >= -8 and highest <= 7 else None
 
 
 def neutral_zeros(leaf: Tensor, elements: int) -> Tensor:

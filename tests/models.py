@@ -1,10 +1,11 @@
-"""Packed linear layers as people write them, for the behaviour tests; what they compute is told by a slow way in float64.
+"""Packed linear layers as people write them; what they compute is told by a slow way in float64.
 
 Nothing here uses inductor_ext: tests import this file in processes that must not have imported it.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class CompressedTensors(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         q = (self.weight_packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
-        q = (q.view(self.N, -1, self.group) - 8).to(x.dtype)
+        q = (q.reshape(self.N, -1, self.group) - 8).to(x.dtype)
         return F.linear(x, (q * self.weight_scale.unsqueeze(-1)).view(self.N, self.K), self.bias)
 
     def dense(self) -> Tensor:
@@ -139,3 +140,44 @@ def _expected(layers: tuple[Packed, ...], x: Tensor) -> Tensor:
 def recompiles() -> int:
     """How many graphs Dynamo has compiled since the last torch.compiler.reset()."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class Calls:
+    """Of packed kernels, during a test. A right answer is not enough: it must come from the fused op."""
+
+    def __init__(self, patch: Any) -> None:
+        """``patch``: pytest's monkeypatch."""
+        from inductor_ext import kernels
+
+        self.packs = 0
+        self.ran: list[str] = []
+        """The kernels that ran, by name."""
+        self.addresses: list[int] = []
+        """Of the packed tensors of the last run."""
+        self.packed: list[weakref.ref[Tensor]] = []
+        """Every packed tensor that a kernel was run with."""
+        for name in kernels.KERNELS:
+            kernel = kernels.load(name)
+            patch.setattr(kernel, "run", self._run(name, kernel.run))
+            patch.setattr(kernel, "pack", self._pack(kernel.pack))
+
+    @property
+    def runs(self) -> int:
+        return len(self.ran)
+
+    def _run(self, name: str, run: Any) -> Any:
+        def watched(x: Tensor, packed: Any, *args: Any) -> Any:
+            tensors = [t for t in packed if t is not None]
+            self.ran.append(name)
+            self.addresses = [t.data_ptr() for t in tensors]
+            self.packed += [weakref.ref(t) for t in tensors]
+            return run(x, packed, *args)
+
+        return watched
+
+    def _pack(self, pack: Any) -> Any:
+        def watched(canonical: Any) -> Any:
+            self.packs += 1
+            return pack(canonical)
+
+        return watched

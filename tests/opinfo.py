@@ -2,9 +2,10 @@
 
     python tests/opinfo.py [--seconds N] [--ops add mul ...] [--json FILE]
 
-Each operator's first sample is compiled with both backends; each comes out as "ok" (the eager result), "wrong", or the type of
-its error. An operator that PyTorch's eager mode refuses, or that has no float32 sample on the CPU, is "skipped". The script
-ends with a table of outcomes and every operator for which the two differ, and with exit code 1 if there is one.
+Each operator's first sample is compiled with both backends; each comes out as "ok" (the eager result), "wrong", "no graph"
+(Dynamo gives it to no backend) or the type of its error. An operator that eager PyTorch refuses, or that has no float32
+sample, is "skipped". The script ends with a table of outcomes and every operator for which the two differ, and exits
+with 1 if there is one.
 """
 
 from __future__ import annotations
@@ -18,14 +19,26 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._inductor import config
+from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils._pytree import tree_map_only
 
 BACKENDS = ("inductor", "w4a16")
-UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_"}
+UNDEFINED = {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "resize_as_",
+}
 """Their results hold whatever was in memory: only shapes and dtypes are compared."""
 
 
@@ -36,6 +49,7 @@ def named(op: OpInfo) -> str:
 def outcome(op: OpInfo, backend: str) -> str:
     """What compiling the operator's first float32 sample comes to."""
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     sample = next(iter(op.sample_inputs("cpu", torch.float32, requires_grad=False)), None)
     if sample is None:
@@ -63,18 +77,24 @@ def outcome(op: OpInfo, backend: str) -> str:
         torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
     except (AssertionError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return "wrong"
-    return "ok"
+    return "ok" if torch._dynamo.utils.counters["stats"]["unique_graphs"] else "no graph"
 
 
 def compare(ops: Iterable[OpInfo], seconds: float) -> dict[str, tuple[str, ...]]:
     """Operator -> its outcome for each backend, for as many as the time allows."""
     end = time.monotonic() + seconds
     outcomes = {}
-    for op in ops:
-        if time.monotonic() > end:
-            break
-        outcomes[named(op)] = tuple(outcome(op, backend) for backend in BACKENDS)
+    with patch.object(common_methods_invocations, "wrapper_set_seed", unseeded), config.patch(fallback_random=True):
+        for op in ops:
+            if time.monotonic() > end:
+                break
+            outcomes[named(op)] = tuple(outcome(op, backend) for backend in BACKENDS)
     return outcomes
+
+
+def unseeded(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """For the database's wrapper of random operators, which Dynamo cannot trace: the seed is set outside, once a call."""
+    return function(*args, **kwargs)
 
 
 def float32_ops(names: Sequence[str] = ()) -> list[OpInfo]:
@@ -84,7 +104,7 @@ def float32_ops(names: Sequence[str] = ()) -> list[OpInfo]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop beginning new operators after this time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no operator after this time")
     parser.add_argument("--ops", nargs="+", default=[], help="only these, as named in the output: add, norm.nuc, ...")
     parser.add_argument("--json", type=Path, help="write the outcomes here")
     given = parser.parse_args()

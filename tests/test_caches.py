@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inductor_ext.patterns
 import pytest
-import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import inductor_ext
-import inductor_ext.patterns
 from inductor_ext import passes
 from inductor_ext.options import Options
 from inductor_ext.passes import W4A16Pass
@@ -100,7 +99,7 @@ def test_a_second_process_hits_the_fx_graph_cache_with_other_weights(cache: Path
     assert told["fx"] == {"fxgraph_cache_hit": 5}
 
 
-# -- the pass's key ------------------------------------------------------------------------------------------------------
+# -- the pass's key ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import aot_module, nop
-from models import GPTQ, CompressedTensors, chain, rel_l2
+from models import GPTQ, Calls, CompressedTensors, chain, rel_l2
 from torch import Tensor, fx, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inductor_ext import kernels
 from inductor_ext.formats import SEQUENTIAL
 from inductor_ext.ops import linear
 from inductor_ext.options import Options
@@ -23,6 +22,11 @@ from inductor_ext.rewrite import Strict
 
 MODES = ("real", "fake", "symbolic")
 ROWS = ({0: torch.export.Dim("M", min=1, max=4096)},)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +81,7 @@ def rewritten(gm: Any) -> Any:
     return gm
 
 
-# -- the op --------------------------------------------------------------------------------------------------------------
+# -- the op ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -148,7 +152,7 @@ def test_aot_autograd(make: Callable[[], Any]) -> None:
 
 
 def test_aot_autograd_under_the_backend() -> None:
-    """What AOTAutograd makes of the rewritten graph: one op forward, one op backward, and no dense weight kept between."""
+    """What AOTAutograd makes of the rewritten graph: one op forward, one backward, no dense weight kept between."""
     module = CompressedTensors(32, 64)
     seen: list[str] = []
 
@@ -162,7 +166,7 @@ def test_aot_autograd_under_the_backend() -> None:
     assert not any("mm" in target or "bitwise" in target for target in seen)
 
 
-# -- packed modules through the joint pass -------------------------------------------------------------------------------
+# -- packed modules through the joint pass -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -198,12 +202,8 @@ def test_inputs_are_not_taken_for_weights() -> None:
 
 
 @torch.no_grad()
-def test_aot_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aot_inductor(tmp_path: Path, calls: Calls) -> None:
     """Exported, compiled ahead of time with the joint pass, loaded and called with several M: right, by the op."""
-    ran = []
-    for name in ("cpu", "reference"):
-        kernel: Any = kernels.load(name)
-        monkeypatch.setattr(kernel, "run", lambda *args, run=kernel.run: ran.append(1) or run(*args))
     model = packed_model()
     program = torch.export.export(model, (x_of(5),), dynamic_shapes=ROWS)
     package = aoti_compile_and_package(
@@ -213,26 +213,22 @@ def test_aot_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     loaded: Any = aoti_load_package(package)
     for M in (1, 2, 5, 33):
-        ran.clear()
+        calls.ran.clear()
         assert rel_l2(loaded(x_of(M)), model.expected(x_of(M))) <= 2e-6
-        assert len(ran) == 2
+        assert calls.runs == 2
 
 
 @torch.no_grad()
-def test_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freezing(calls: Calls) -> None:
     """Weights that Inductor takes for constants: rewritten before it folds their dequantisation."""
-    ran = []
-    for name in ("cpu", "reference"):
-        kernel: Any = kernels.load(name)
-        monkeypatch.setattr(kernel, "run", lambda *args, run=kernel.run: ran.append(1) or run(*args))
     with torch._inductor.config.patch(freezing=True):
         for seed in (1, 2):
             model = chain(CompressedTensors(96, 64, seed=seed, bias=True), GPTQ(32, 96, seed=seed).act_order_()).eval()
-            ran.clear()
+            calls.ran.clear()
             for M in (5, 3):
                 y = torch.compile(model, backend="w4a16")(x_of(M))
                 assert rel_l2(y, model.expected(x_of(M))) <= 2e-6
-            assert len(ran) == 4
+            assert calls.runs == 4
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 from torch import Tensor
 
 from inductor_ext.formats import (
@@ -21,7 +22,6 @@ from inductor_ext.formats import (
     PackedInt4,
     nibbles_per_word,
 )
-from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 
 ORDERS = [(dtype, order) for dtype, orders in BIT_ORDERS.items() for order in orders]
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -160,7 +160,7 @@ def test_what_cannot_be_packed_is_named(order: BitOrder, dim: int, dtype: torch.
         order.pack(drawn_codes(12, 16, 0), dim, dtype)
 
 
-# -- zeros and codes -----------------------------------------------------------------------------------------------------
+# -- zeros and codes ---------------------------------------------------------------------------------------------------
 
 STORED = {
     "stored": lambda n: n,
@@ -187,7 +187,7 @@ def test_every_code_book() -> None:
     }
 
 
-# -- the canonical form --------------------------------------------------------------------------------------------------
+# -- the canonical form ------------------------------------------------------------------------------------------------
 
 
 def slowly(codes: Tensor, scales: Tensor, zeros: Tensor | None, order: Tensor | None) -> Tensor:
@@ -243,7 +243,7 @@ def test_a_nan_scale_spoils_its_own_group_only() -> None:
     assert torch.equal(form.dequantize().isnan().nonzero(), torch.tensor([[2, k] for k in range(16, 32)]))
 
 
-# -- readings ------------------------------------------------------------------------------------------------------------
+# -- readings ----------------------------------------------------------------------------------------------------------
 
 PACKINGS = [(dtype, order) for dtype, order in ORDERS if order.name in ("sequential", "exllama", "pairs", "halves")]
 
@@ -252,9 +252,7 @@ PACKINGS = [(dtype, order) for dtype, order in ORDERS if order.name in ("sequent
 @pytest.mark.parametrize("transposed", [False, True], ids=["[N, K]", "[K, N]"])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("dtype", "order"), PACKINGS, ids=named)
-def test_readings_of_packed_codes(
-    dtype: torch.dtype, order: BitOrder, dim: int, transposed: bool, book: str
-) -> None:
+def test_readings_of_packed_codes(dtype: torch.dtype, order: BitOrder, dim: int, transposed: bool, book: str) -> None:
     N, K = 16, 32
     form, codes = canonical_of(N, K, 16, "none", False, torch.float32)
     nibbles = torch.tensor(CODE_BOOKS[book]).argsort()[codes]
@@ -355,7 +353,13 @@ def test_readings_of_group_indices(seed: int, groups: int) -> None:
     g_idx = (torch.arange(K) // (K // groups))[torch.randperm(K, generator=random)].int()
     scales = torch.rand(N, groups, generator=random) + 0.5
     reading = Reading(
-        N, K, groups, Codes(Matrix(0, False, SEQUENTIAL), "offset binary", 0), Matrix(1, False), Zeros(8.0), Index(2, "group")
+        N,
+        K,
+        groups,
+        Codes(Matrix(0, False, SEQUENTIAL), "offset binary", 0),
+        Matrix(1, False),
+        Zeros(8.0),
+        Index(2, "group"),
     )
     found = reading.canonical([SEQUENTIAL.pack(codes, 1), scales, g_idx])
     wanted = (codes - 8) * scales.double()[:, g_idx.long()]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import NEGATIVES, POSITIVES, Idiom
 from zoo.base import call, distance, given
 

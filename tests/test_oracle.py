@@ -103,7 +103,7 @@ def test_the_cpu_kernel_comes_before_the_reference() -> None:
 
 def test_every_kernel_says_what_it_is() -> None:
     for name in kernels.KERNELS:
-        assert kernels.load(name).NAME == name
+        assert name == kernels.load(name).NAME
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def seconds(model: Any, x: Tensor) -> float:
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_large_layer(spelling: type[Packed], monkeypatch: pytest.MonkeyPatch) -> None:
-    """4096 x 4096 in bfloat16, G=128: under 2 s for the first, 0.5 s for another of the same structure. The best of two or three."""
+    """4096 x 4096 in bfloat16, G=128: under 2 s for the first, 0.5 s for another of its structure; best of a few."""
     x = torch.zeros(1, 4096, dtype=torch.bfloat16)
     layer = spelling(4096, 4096, group=128, dtype=torch.bfloat16)
     first, second = [], []

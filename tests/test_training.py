@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import GPTQ, SPELLINGS, CompressedTensors, Packed, rel_l2
+from models import GPTQ, SPELLINGS, Calls, CompressedTensors, Packed, rel_l2
 from torch import Tensor, nn
 
 import inductor_ext
-from inductor_ext import kernels
 from inductor_ext.ops import linear
 
 # Of a gradient in its dtype: the sum over rows rounds once more than the op's own result.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -174,12 +178,8 @@ def test_scales_that_are_trained_are_left_alone_and_trained() -> None:
     assert gradients[0].abs().sum() > 0
 
 
-def test_scales_that_are_trained_are_fused_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_that_are_trained_are_fused_for_inference(calls: Calls) -> None:
     """And follow the training: every step moves them."""
-    ran = []
-    for name in ("cpu", "reference"):
-        kernel: Any = kernels.load(name)
-        monkeypatch.setattr(kernel, "run", lambda *args, run=kernel.run: ran.append(1) or run(*args))
     layer, x = with_trained_scales(), drawn(5, 64)
     run = torch.compile(layer, backend="w4a16")
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
@@ -187,13 +187,13 @@ def test_scales_that_are_trained_are_fused_for_inference(monkeypatch: pytest.Mon
         with torch.no_grad():
             assert len(inductor_ext.explain(layer, x).rewritten) == 1
             assert rel_l2(run(x), layer.expected(x)) <= 2e-6
-        assert len(ran) == step + 1
+        assert calls.runs == step + 1
         optimizer.zero_grad()
         run(x).square().sum().backward()
         optimizer.step()
 
 
-def test_a_layer_whose_scales_begin_to_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_whose_scales_begin_to_be_trained() -> None:
     """requires_grad_() after compilation: the fused graph would give those scales no gradient."""
     layer: Any = with_trained_scales()
     layer.weight_scale.requires_grad_(False)

@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import GPTQ, SPELLINGS, CompressedTensors, Packed, recompiles, rel_l2, unpack
+from models import GPTQ, SPELLINGS, Calls, CompressedTensors, Packed, recompiles, rel_l2, unpack
 from torch import Tensor, nn
 
 import inductor_ext
-from inductor_ext import kernels
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -30,34 +34,6 @@ def nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()
 
 
-class Runs:
-    """Calls of packed kernels: a right answer must come from the fused op, not from the graph as it was."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.addresses: list[int] = []
-        """Of the packed tensors of the last call."""
-        self.packed: list[weakref.ref[Tensor]] = []
-        """Every packed tensor that a kernel was given."""
-
-
-@pytest.fixture(autouse=True)
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    seen = Runs()
-    for name in ("cpu", "reference"):
-        kernel: Any = kernels.load(name)
-
-        def run(x: Tensor, packed: Any, *args: Any, run: Any = kernel.run) -> Any:
-            seen.count += 1
-            tensors = [t for t in packed if t is not None]
-            seen.addresses = [t.data_ptr() for t in tensors]
-            seen.packed += [weakref.ref(t) for t in tensors]
-            return run(x, packed, *args)
-
-        monkeypatch.setattr(kernel, "run", run)
-    return seen
-
-
 def compiled(model: Any) -> Any:
     return torch.compile(model, backend="w4a16")
 
@@ -66,10 +42,10 @@ def right(model: Any, run: Any, limit: float = 2e-6) -> bool:
     return rel_l2(run(X), model.expected(X)) <= limit
 
 
-def without_compiling(model: Any, run: Any, runs: Runs) -> bool:
+def without_compiling(model: Any, run: Any, calls: Calls) -> bool:
     """Right through the fused op, and without another graph."""
-    graphs, before = recompiles(), runs.count
-    return right(model, run) and recompiles() == graphs and runs.count == before + 1
+    graphs, before = recompiles(), calls.runs
+    return right(model, run) and recompiles() == graphs and calls.runs == before + 1
 
 
 class Grouped(CompressedTensors):
@@ -88,49 +64,49 @@ class Grouped(CompressedTensors):
         return (unpack(self.weight_packed, 1) - 8) * self.weight_scale.double()[:, self.g_idx.long()]
 
 
-# -- changes that PyTorch counts -----------------------------------------------------------------------------------------
+# -- changes that PyTorch counts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["in place", "assign"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_load_state_dict(spelling: type[Packed], assign: bool, runs: Runs) -> None:
+def test_load_state_dict(spelling: type[Packed], assign: bool, calls: Calls) -> None:
     model = spelling(32, 64, bias=True, seed=1)
     run = compiled(model)
     assert right(model, run)
     model.load_state_dict(spelling(32, 64, bias=True, seed=2).state_dict(), assign=assign)
-    assert without_compiling(model, run, runs)
+    assert without_compiling(model, run, calls)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_each_stored_tensor_replaced_or_changed(spelling: type[Packed], runs: Runs) -> None:
+def test_each_stored_tensor_replaced_or_changed(spelling: type[Packed], calls: Calls) -> None:
     model, other = spelling(32, 64, seed=1), spelling(32, 64, seed=2)
     run = compiled(model)
     assert right(model, run)
     for name, tensor in other.named_buffers():
         setattr(model, name, tensor.clone())
-        assert without_compiling(model, run, runs), name
+        assert without_compiling(model, run, calls), name
     for name, tensor in spelling(32, 64, seed=3).named_buffers():
         getattr(model, name).copy_(tensor)
-        assert without_compiling(model, run, runs), name
+        assert without_compiling(model, run, calls), name
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_requantised_in_place(spelling: type[Packed], runs: Runs) -> None:
+def test_requantised_in_place(spelling: type[Packed], calls: Calls) -> None:
     """Every code becomes 15 less it."""
     model = spelling(32, 64)
     run = compiled(model)
     before = run(X)
     next(model.buffers()).bitwise_not_()
-    assert without_compiling(model, run, runs)
+    assert without_compiling(model, run, calls)
     assert rel_l2(run(X), before) > 0.1
 
 
-def test_one_row_of_scales_changed_through_a_view(runs: Runs) -> None:
+def test_one_row_of_scales_changed_through_a_view(calls: Calls) -> None:
     model = CompressedTensors(32, 64)
     run = compiled(model)
     assert right(model, run)
     model.weight_scale[3].mul_(5)
-    assert without_compiling(model, run, runs)
+    assert without_compiling(model, run, calls)
 
 
 @pytest.mark.parametrize("spelling", [Grouped, GPTQ])
@@ -158,15 +134,15 @@ def test_stored_tensors_are_never_written_to(spelling: type[Packed]) -> None:
 
 
 @pytest.mark.parametrize("spelling", [Grouped, GPTQ])
-def test_compiled_again_after_the_kind_changed(spelling: type[Packed], runs: Runs) -> None:
+def test_compiled_again_after_the_kind_changed(spelling: type[Packed], calls: Calls) -> None:
     model: Any = spelling(32, 64)
     trivial = model.g_idx.clone()
     for g_idx in (trivial, trivial[torch.randperm(64)], trivial, trivial.flip(0)):
         model.g_idx.copy_(g_idx)
         torch.compiler.reset()
-        before = runs.count
+        before = calls.runs
         assert right(model, compiled(model))
-        assert runs.count == before + 1
+        assert calls.runs == before + 1
 
 
 def test_two_graphs_of_one_weight_follow_its_kind() -> None:
@@ -190,6 +166,48 @@ def test_scales_of_another_dtype() -> None:
     assert right(model, run)
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_functional_call(spelling: type[Packed]) -> None:
+    """The module's tensors replaced for one call, inside the compiled function."""
+    model, other = spelling(32, 64, seed=1), spelling(32, 64, seed=2)
+    run = torch.compile(lambda state, x: torch.func.functional_call(model, state, (x,)), backend="w4a16")
+    for layer in (model, other, model):
+        assert rel_l2(run(layer.state_dict(), X), layer.expected(X)) <= 2e-6
+
+
+def test_views_of_one_buffer(calls: Calls) -> None:
+    """Three layers sliced from one stored tensor, as fused q, k, v: a change of one is seen by all."""
+    layers = [CompressedTensors(32, 64, seed=i) for i in range(3)]
+    fused = torch.cat([layer.weight_packed for layer in layers])
+    for layer, rows in zip(layers, fused.split(32), strict=True):
+        layer.weight_packed = rows
+    run = compiled(lambda x: [layer(x) for layer in layers])
+    for _ in range(2):
+        for y, layer in zip(run(X), layers, strict=True):
+            assert rel_l2(y, layer.expected(X)) <= 2e-6
+        layers[1].weight_packed.bitwise_not_()
+    assert calls.runs == 6
+
+
+def test_stored_tensors_with_strides(calls: Calls) -> None:
+    model = CompressedTensors(32, 64)
+    model.weight_packed = model.weight_packed.t().contiguous().t()
+    model.weight_scale = torch.stack([model.weight_scale, model.weight_scale], -1)[..., 0]
+    run = compiled(model)
+    assert right(model, run)
+    model.weight_packed.bitwise_not_()
+    assert without_compiling(model, run, calls)
+
+
+def test_compiled_under_no_grad_and_called_in_inference_mode() -> None:
+    model = GPTQ(32, 64)
+    run = compiled(model)
+    assert right(model, run)
+    with torch.inference_mode():
+        assert right(model, run)
+    assert right(model, run)
+
+
 def test_a_change_between_two_uses_in_one_graph_is_refused() -> None:
     """The write is in the graph: there is no moment at which the packed copy would be right."""
     model = CompressedTensors(32, 64)
@@ -205,11 +223,11 @@ def test_a_change_between_two_uses_in_one_graph_is_refused() -> None:
     assert rel_l2(y, expected + model.expected(X)) <= 2e-6
 
 
-# -- changes that PyTorch does not count ---------------------------------------------------------------------------------
+# -- changes that PyTorch does not count -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_data_copied_and_invalidated(spelling: type[Packed], runs: Runs) -> None:
+def test_data_copied_and_invalidated(spelling: type[Packed], calls: Calls) -> None:
     model = spelling(32, 64, seed=1)
     outer = nn.Sequential(model)
     run = compiled(model)
@@ -217,21 +235,21 @@ def test_data_copied_and_invalidated(spelling: type[Packed], runs: Runs) -> None
     for mine, other in zip(model.buffers(), spelling(32, 64, seed=2).buffers(), strict=True):
         mine.data.copy_(other)
     assert inductor_ext.invalidate(outer) == 1
-    assert without_compiling(model, run, runs)
+    assert without_compiling(model, run, calls)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_inference_tensors_changed_and_invalidated(spelling: type[Packed], runs: Runs) -> None:
+def test_inference_tensors_changed_and_invalidated(spelling: type[Packed], calls: Calls) -> None:
     with torch.inference_mode():
         model = spelling(32, 64, seed=1)
         run = compiled(model)
         assert right(model, run)
         model.load_state_dict(spelling(32, 64, seed=2).state_dict())
         inductor_ext.invalidate(model)
-        assert without_compiling(model, run, runs)
+        assert without_compiling(model, run, calls)
 
 
-def test_swapped_data_keeps_both_weights(runs: Runs) -> None:
+def test_swapped_data_keeps_both_weights(calls: Calls) -> None:
     """`p.data = other`, as people swap adapters: neither storage is written to."""
     model, other = CompressedTensors(32, 64, seed=1), CompressedTensors(32, 64, seed=2)
     run = compiled(model)
@@ -241,7 +259,7 @@ def test_swapped_data_keeps_both_weights(runs: Runs) -> None:
     for i in (1, 0, 1):
         model.weight_packed.data = data[i]
         inductor_ext.invalidate(model)
-        assert without_compiling(model, run, runs)
+        assert without_compiling(model, run, calls)
         assert all(torch.equal(t, copy) for t, copy in zip(data, copies, strict=True))
 
 
@@ -256,7 +274,7 @@ def test_invalidate_leaves_other_models_alone() -> None:
     assert inductor_ext.invalidate(models[0]) == 1
 
 
-def test_swap_tensors(runs: Runs) -> None:
+def test_swap_tensors(calls: Calls) -> None:
     """torch.utils.swap_tensors, which module.to() uses for tensor subclasses, refuses tensors that others watch."""
     model, other = CompressedTensors(32, 64, seed=1), CompressedTensors(32, 64, seed=2)
     run = compiled(model)
@@ -265,7 +283,7 @@ def test_swap_tensors(runs: Runs) -> None:
     assert right(model, run)
 
 
-# -- memory --------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def alive(watched: list[weakref.ref[Tensor]]) -> int:
@@ -274,15 +292,15 @@ def alive(watched: list[weakref.ref[Tensor]]) -> int:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_packed_copies_die_with_the_weights(spelling: type[Packed], runs: Runs) -> None:
+def test_packed_copies_die_with_the_weights(spelling: type[Packed], calls: Calls) -> None:
     """One graph serves three layers, and lives on when one of them is gone."""
     layers = [spelling(32, 64, seed=i) for i in range(3)]
     run = torch.compile(lambda layer, x: layer(x), backend="w4a16")
     run(layers[0], X)
-    runs.packed.clear()
+    calls.packed.clear()
     for layer in layers[1:]:
         run(layer, X)
-    watched = [*runs.packed, *(weakref.ref(t) for layer in layers[1:] for t in layer.buffers())]
+    watched = [*calls.packed, *(weakref.ref(t) for layer in layers[1:] for t in layer.buffers())]
     assert alive(watched) == len(watched) > 4
     del layer, layers[1:]
     assert alive(watched) == 0
@@ -290,22 +308,22 @@ def test_packed_copies_die_with_the_weights(spelling: type[Packed], runs: Runs) 
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_dead_model_holds_no_memory(spelling: type[Packed], runs: Runs) -> None:
+def test_a_dead_model_holds_no_memory(spelling: type[Packed], calls: Calls) -> None:
     model = spelling(32, 64)
     run = compiled(model)
     run(X)
     run(X[:2])
-    watched = [*runs.packed, *(weakref.ref(t) for t in model.buffers())]
+    watched = [*calls.packed, *(weakref.ref(t) for t in model.buffers())]
     del model, run
     torch.compiler.reset()
     assert alive(watched) == 0
 
 
-def test_replaced_weights_hold_no_memory(runs: Runs) -> None:
+def test_replaced_weights_hold_no_memory(calls: Calls) -> None:
     model = GPTQ(32, 64)
     run = compiled(model)
     run(X)
-    watched = [*runs.packed, *(weakref.ref(t) for t in model.buffers())]
+    watched = [*calls.packed, *(weakref.ref(t) for t in model.buffers())]
     model.load_state_dict(GPTQ(32, 64, seed=1).state_dict(), assign=True)
     assert right(model, run)
     assert alive(watched) == 0
@@ -319,25 +337,25 @@ def test_explain_keeps_nothing() -> None:
     assert alive(watched) == 0
 
 
-def test_a_layout_that_needs_no_packing_is_not_copied(runs: Runs) -> None:
+def test_a_layout_that_needs_no_packing_is_not_copied(calls: Calls) -> None:
     model = CompressedTensors(32, 64)
     compiled(model)(X)
-    assert runs.addresses == [t.data_ptr() for t in model.buffers()]
+    assert calls.addresses == [t.data_ptr() for t in model.buffers()]
 
 
-def test_packed_copies_stay_at_their_addresses(runs: Runs) -> None:
+def test_packed_copies_stay_at_their_addresses(calls: Calls) -> None:
     """Captured CUDA graphs read them there."""
     model = GPTQ(32, 64)
     run = compiled(model)
     run(X)
-    before = runs.addresses
+    before = calls.addresses
     model.load_state_dict(GPTQ(32, 64, seed=2).state_dict())
     assert right(model, run)
-    assert runs.addresses == before
+    assert calls.addresses == before
     assert set(before).isdisjoint(t.data_ptr() for t in model.buffers())
 
 
-# -- copies --------------------------------------------------------------------------------------------------------------
+# -- copies ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -367,7 +385,7 @@ def test_a_compiled_model_is_saved_as_any_other(spelling: type[Packed], tmp_path
     assert sizes[0] == sizes[1]
 
 
-def test_layers_that_share_their_codes(runs: Runs) -> None:
+def test_layers_that_share_their_codes(calls: Calls) -> None:
     """Tied codes under scales of their own."""
     first, second = CompressedTensors(32, 64, seed=1), CompressedTensors(32, 64, seed=2)
     second.weight_packed = first.weight_packed
@@ -376,4 +394,4 @@ def test_layers_that_share_their_codes(runs: Runs) -> None:
         assert rel_l2(run(layer, X), layer.expected(X)) <= 2e-6
     both = torch.compile(lambda x: first(x) + second(x), backend="w4a16")
     assert rel_l2(both(X), first.expected(X) + second.expected(X)) <= 2e-6
-    assert runs.count == 6
+    assert calls.runs == 6

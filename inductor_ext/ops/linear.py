@@ -47,7 +47,7 @@ def check(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: in
     require(scales.dtype in _DTYPES, lambda: f"scales must be float16, bfloat16 or float32, they are {scales.dtype}.")
     K = x.shape[-1]
     require(qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(qweight)}.")
-    require(K == 8 * qweight.shape[1], lambda: f"x has K={K}, qweight {_of(qweight)} has K={8 * qweight.shape[1]}.")
+    require(8 * qweight.shape[1] == K, lambda: f"x has K={K}, qweight {_of(qweight)} has K={8 * qweight.shape[1]}.")
     require(qweight.shape[0] == N, lambda: f"qweight {_of(qweight)} has {qweight.shape[0]} rows, out_features is {N}.")
     require(K % group_size == 0, lambda: f"group_size {group_size} does not divide K={K}.")
     groups = (N, K // group_size)
