@@ -1,11 +1,12 @@
-"""``torch.compile(model, backend="w4a16")``: rewrite Dynamo's graph, hand it to Inductor, and feed it packed weights at every call."""
+"""``torch.compile(model, backend="w4a16")``: rewrite Dynamo's graph, hand it to Inductor, and feed it packed weights at
+every call."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -23,9 +24,14 @@ Compiled = Callable[..., Any]
 
 
 def w4a16(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """The backend, as ``torch.compile`` calls it. ``mode`` and ``options`` are Inductor's, and ``w4a16.kernel``, ``w4a16.strict`` ours.
+    """The backend, as ``torch.compile`` calls it. ``mode`` and ``options`` are Inductor's, and ``w4a16.kernel``,
+    ``w4a16.strict`` ours.
 
     Raises what ``options.split`` raises, oracle.NoKernel for a forced kernel that cannot, and Strict.
     """
@@ -43,13 +49,14 @@ def w4a16(
 
 
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
-    compiled: Compiled = compile_fx(gm, list(inputs), config_patches=dict(config))
-    return compiled
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(config))
+    return cast(Compiled, compiled)
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What one op needs at every call: its stored tensors among the arguments, and how they were read when the graph was rewritten."""
+    """What one op needs at every call: its stored tensors among the arguments, and how they were read when the graph
+    was rewritten."""
 
     slots: tuple[Slot, ...]
     recipe: weights.Recipe
@@ -57,7 +64,8 @@ class Feed:
     kind: weights.Kind
 
     def tensors(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The packed tensors. Raises prove.NotProved if the stored ones are new or changed, and not what the graph was compiled for."""
+        """The packed tensors. Raises prove.NotProved if the stored ones are new or changed, and not what the graph was
+        compiled for."""
         sources = [slot.find(args) for slot in self.slots]
         entry = weights.entry(self.recipe, sources)
         if entry.kind != self.kind:
@@ -75,7 +83,8 @@ def _feed(site: DynamoSite, p: Proved) -> Feed:
 
 
 def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:
-    """The graph as it was, compiled by Inductor if it is ever called. It holds no tensor of the call that it was captured in."""
+    """The graph as it was, compiled by Inductor if it is ever called. It holds no tensor of the call that it was
+    captured in."""
     plain = clone(gm)
     for node in plain.graph.nodes:
         node.meta = {}
@@ -87,7 +96,8 @@ def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:
 def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Compiled) -> Compiled:
     """The compiled graph, called with the packed weights of whatever stored tensors it is called with.
 
-    One graph serves many layers, and weights may change: should those of a call not be what was proved, the call runs the graph as it was.
+    One graph serves many layers, and weights may change: should those of a call not be what was proved, the call runs
+    the graph as it was.
     """
     told: set[str] = set()
 
@@ -99,7 +109,9 @@ def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Comp
                 raise Strict(f"w4a16.strict: a weight that the graph was not compiled with: {reason}") from None
             if str(reason) not in told:
                 told.add(str(reason))
-                log.warning("a graph runs as it was before rewriting, for a weight that it was not compiled with: %s", reason)
+                log.warning(
+                    "a graph runs as it was before rewriting, for a weight that it was not compiled with: %s", reason
+                )
             return original(*args)
         return compiled(*args, *extra)
 
@@ -118,7 +130,8 @@ def explaining(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Re
     try:
         if in_place is not None:
             model._compiled_call_impl = None
-        torch.compile(model, backend=_examining)(*args, **kwargs)
+        compiled: Any = torch.compile(model, backend=_examining)
+        compiled(*args, **kwargs)
     finally:
         if in_place is not None:
             model._compiled_call_impl = in_place
@@ -127,7 +140,8 @@ def explaining(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Re
 
 
 def _examining(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-    """A backend that reports at every call, not when it compiles: Dynamo reuses graphs, from one ``explain`` to the next as well."""
+    """A backend that reports at every call, not when it compiles: Dynamo reuses graphs, from one ``explain`` to the
+    next as well."""
     training = torch.is_grad_enabled()
 
     def run(*args: Any) -> Any:
@@ -136,6 +150,7 @@ def _examining(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
             site.training = training
             with torch.no_grad():
                 examine(site, Options(), _reports[-1], subclasses.inside)
-        return gm.forward(*args)
+        forward: Compiled = gm.forward
+        return forward(*args)
 
     return run

@@ -1,7 +1,7 @@
 """Capture: the graphs that rewriting works on, and where in them stored tensors are to be seen.
 
-Two kinds of graph come to us. Dynamo hands its backend a graph whose placeholders are the module's real parameters and buffers. Export and
-AOTInductor reach us later, as ATen graphs that hold their weights as attributes.
+Two kinds of graph come to us. Dynamo hands its backend a graph whose placeholders are the module's real parameters and
+buffers. Export and AOTInductor reach us later, as ATen graphs that hold their weights as attributes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import AttrSource, ConstantSource, GlobalSource, Source
-from torch._guards import TracingContext
+from torch._dynamo.source import AttrSource, ConstantSource, GlobalSource
+from torch._guards import Source, TracingContext
 
 from inductor_ext.kernels import Packed
 from inductor_ext.patterns.anchors import Anchor, anchors, meta
@@ -53,7 +53,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta.pop("grapharg", None)  # Dynamo's own, which watches the tensor of the first call
         if hasattr(node, "_dynamo_source"):
-            copies[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copies[node]._dynamo_source = node._dynamo_source
     new = fx.GraphModule(gm, graph)
     new.meta = gm.meta
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -64,7 +64,8 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a rewritten graph finds a stored tensor when it is called: in an argument (or a part of that subclass), or held here."""
+    """Where a rewritten graph finds a stored tensor when it is called: in an argument (or a part of that subclass), or
+    held here."""
 
     argument: int
     parts: tuple[str, ...] = ()
@@ -100,14 +101,21 @@ class DynamoSite:
 
     def why_not_stored(self, node: fx.Node) -> str | None:
         if node.op == "get_attr":
-            return None if isinstance(_attribute(self.gm, node), Tensor) else f"the graph attribute {node.name} takes part in its computation"
+            return (
+                None
+                if isinstance(_attribute(self.gm, node), Tensor)
+                else f"the graph attribute {node.name} takes part in its computation"
+            )
         if not isinstance(self.inputs[self._position[node]], Tensor):
             return f"the size {node.name}, which can change, takes part in its computation"
         if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None:
             return None
         if _held(getattr(node, "_dynamo_source", None)):
             return None
-        return f"the activation or argument {node.name} takes part in its computation; weights are parameters, buffers or tensors held by a module"
+        return (
+            f"the activation or argument {node.name} takes part in its computation; weights are parameters, buffers"
+            " or tensors held by a module"
+        )
 
     loudness = logging.WARNING
 
@@ -116,11 +124,13 @@ class DynamoSite:
 
     def out_of_reach(self) -> list[tuple[Anchor, str]]:
         inner = [m for m in self.gm.modules() if isinstance(m, fx.GraphModule) and m is not self.gm]
-        reason = "it is inside a higher-order operation (a checkpointed region, a branch or a loop), where weights cannot be packed"
+        where = "a checkpointed region, a branch or a loop"
+        reason = f"it is inside a higher-order operation ({where}), where weights cannot be packed"
         return [(a, reason) for m in inner for a in anchors(m.graph) if stored_integers(a.weight, meta)]
 
     def _placeholder(self, tensor: Tensor) -> fx.Node:
-        """One more static input. The compiled graph takes it as it takes parameters: unguarded, at an address that stays."""
+        """One more static input. The compiled graph takes it as it takes parameters: unguarded, at an address that
+        stays."""
         name = f"w4a16_packed_{len(self.inputs)}"
         last = self.graph.find_nodes(op="placeholder")
         with self.graph.inserting_after(last[-1]):
@@ -129,13 +139,14 @@ class DynamoSite:
         assert context.fake_mode is not None
         fake = context.fake_mode.from_tensor(tensor, static_shapes=True)
         node.meta = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}, "example_value": fake}
-        node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+        node._dynamo_source = ConstantSource(name)
         self.inputs.append(fake)
         return node
 
 
 def _held(source: Source | None) -> bool:
-    """Whether a tensor is held by an object or a module (``self.meta["scale"]``), and is no argument of the compiled function."""
+    """Whether a tensor is held by an object or a module (``self.meta["scale"]``), and is no argument of the compiled
+    function."""
     while source is not None:
         if isinstance(source, (AttrSource, GlobalSource)):
             return True
@@ -175,13 +186,15 @@ class ConstantSite:
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
             node = self.graph.get_attr(name)
-        mode = next((v.fake_mode for n in self.graph.nodes if isinstance(v := meta(n), torch._subclasses.FakeTensor)), None)
+        mode = next(
+            (v.fake_mode for n in self.graph.nodes if isinstance(v := meta(n), torch._subclasses.FakeTensor)), None
+        )
         node.meta["val"] = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
         return node
 
 
 def _attribute(gm: torch.nn.Module, node: fx.Node) -> Any:
     value: Any = gm
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
     return value

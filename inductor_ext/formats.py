@@ -1,7 +1,9 @@
-"""The canonical form of int4 weights, and the one table of bit orders and zero conventions from which every conversion is derived.
+"""The canonical form of int4 weights, and the one table of bit orders and zero conventions from which every conversion
+is derived.
 
-Vocabulary: a *code* is a stored 4-bit value (0..15), a *word* the integer that holds several codes, a *group* a run of K that shares one scale
-and one zero. Codes are numbered within a word from the low bits up, as in compressed-tensors, GPTQ and AWQ checkpoints.
+Vocabulary: a *code* is a stored 4-bit value (0..15), a *word* the integer that holds several codes, a *group* a run of
+K that shares one scale and one zero. Codes are numbered within a word from the low bits up, as in compressed-tensors,
+GPTQ and AWQ checkpoints.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ if sys.byteorder != "little":
 
 @dataclasses.dataclass(frozen=True)
 class PackedInt4:
-    """A weight [N, K] in the canonical form: ``W[n, k] = (code[n, p] - zero[n, p // G]) * scale[n, p // G]`` with ``p = order[k]``.
+    """A weight [N, K] in the canonical form: ``W[n, k] = (code[n, p] - zero[n, p // G]) * scale[n, p // G]`` with ``p =
+    order[k]``.
 
-    codes: int32 [N, K/8], nibble i (bits 4i..4i+3) of word j is the code at p = 8j + i: the compressed-tensors checkpoint as it is.
+    codes: int32 [N, K/8], nibble i (bits 4i..4i+3) of word j is the code at p = 8j + i: the compressed-tensors
+    checkpoint as it is.
     scales: [N, K/G], in the checkpoint's own float dtype.
-    zeros: None (every zero is 8), uint8 [N, K/G] holding 0..16 (16 exists: GPTQ's stored + 1), or a float tensor [N, K/G] (HQQ).
-    order: None, or int32 [K], a permutation: logical k is stored at column order[k] (act-order checkpoints, groups made contiguous).
+    zeros: None (every zero is 8), uint8 [N, K/G] holding 0..16 (16 exists: GPTQ's stored + 1), or a float tensor [N,
+    K/G] (HQQ).
+    order: None, or int32 [K], a permutation: logical k is stored at column order[k] (act-order checkpoints, groups made
+    contiguous).
     """
 
     codes: Tensor
@@ -45,11 +51,17 @@ class PackedInt4:
         return self.K // self.scales.shape[1]
 
     def blocks(self, elements: int = 1 << 18) -> Iterator[tuple[slice, PackedInt4]]:
-        """The weight cut by rows, as views; about so many elements each, by default what stays in a cache while it is worked on."""
+        """The weight cut by rows, as views; about so many elements each, by default what stays in a cache while it is
+        worked on."""
         step = max(1, elements // self.K)
         for start in range(0, self.N, step):
             rows = slice(start, start + step)
-            yield rows, PackedInt4(self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.order)
+            yield (
+                rows,
+                PackedInt4(
+                    self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.order
+                ),
+            )
 
     def stored_codes(self) -> Tensor:
         """uint8 [N, K]: the codes in storage order."""
@@ -69,11 +81,13 @@ class PackedInt4:
 
 @dataclasses.dataclass(frozen=True)
 class BitOrder:
-    """How a word of ``len(order)`` nibbles holds its codes: nibble i holds value ``order[i]`` of the word's run along the packed axis.
+    """How a word of ``len(order)`` nibbles holds its codes: nibble i holds value ``order[i]`` of the word's run along
+    the packed axis.
 
-    ``block`` says which values form a word. The packed axis is cut into blocks; with p nibbles a word and a block of L values, the word j of
-    a block holds values j, j + L/p, j + 2L/p, ... So block = 0 (meaning p) is the usual run of p neighbours, and block = -1 (the whole axis)
-    is "halves": for bytes, one nibble from the first half of the axis and one from the second.
+    ``block`` says which values form a word. The packed axis is cut into blocks; with p nibbles a word and a block of L
+    values, the word j of a block holds values j, j + L/p, j + 2L/p, ... So block = 0 (meaning p) is the usual run of p
+    neighbours, and block = -1 (the whole axis) is "halves": for bytes, one nibble from the first half of the axis and
+    one from the second.
     """
 
     name: str
@@ -89,7 +103,8 @@ class BitOrder:
         return length % block == 0 and block % len(self.order) == 0
 
     def unpack(self, words: Tensor, dim: int, rows: int, cols: int) -> Tensor:
-        """uint8 [rows, cols] from integer words packed along ``dim`` of that matrix; the words' own shape is not looked at."""
+        """uint8 [rows, cols] from integer words packed along ``dim`` of that matrix; the words' own shape is not looked
+        at."""
         p = len(self.order)
         pairs = words.contiguous().view(-1).view(torch.uint8)
         nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(-1, p)
@@ -104,11 +119,14 @@ class BitOrder:
     def pack(self, codes: Tensor, dim: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """The inverse: words [rows, cols/p] (dim 1) or [rows/p, cols] (dim 0) from integer codes [rows, cols] in 0..15.
 
-        Raises ValueError if the dtype holds another number of nibbles, or the packed dimension is no whole number of blocks.
+        Raises ValueError if the dtype holds another number of nibbles, or the packed dimension is no whole number of
+        blocks.
         """
         p, (rows, cols) = len(self.order), codes.shape
         if p != nibbles_per_word(dtype):
-            raise ValueError(f"Bit order {self.name!r} has {p} nibbles a word, {dtype} holds {nibbles_per_word(dtype)}.")
+            raise ValueError(
+                f"Bit order {self.name!r} has {p} nibbles a word, {dtype} holds {nibbles_per_word(dtype)}."
+            )
         if not self.fits(codes.shape[dim]):
             raise ValueError(f"Bit order {self.name!r} cannot pack a [{rows}, {cols}] matrix along dimension {dim}.")
         codes = codes.to(torch.uint8)
@@ -147,10 +165,16 @@ def nibbles_per_word(dtype: torch.dtype) -> int:
 SEQUENTIAL = BitOrder("sequential", tuple(range(8)))
 """compressed-tensors and GPTQ (along K), the MI300 Triton GEMM (along N)."""
 EXLLAMA = BitOrder("exllama", (0, 2, 4, 6, 1, 3, 5, 7))
-"""Even values in the low half-word, odd ones in the high: GPTQ kernels after their shuffle. AWQ packs so along N, on disk."""
+"""Even values in the low half-word, odd ones in the high: GPTQ kernels after their shuffle. AWQ packs so along N, on
+disk."""
 
 BIT_ORDERS: dict[torch.dtype, tuple[BitOrder, ...]] = {
-    torch.int32: (SEQUENTIAL, EXLLAMA, BitOrder("reversed", tuple(range(7, -1, -1))), BitOrder("eighths", tuple(range(8)), -1)),
+    torch.int32: (
+        SEQUENTIAL,
+        EXLLAMA,
+        BitOrder("reversed", tuple(range(7, -1, -1))),
+        BitOrder("eighths", tuple(range(8)), -1),
+    ),
     torch.uint8: (
         BitOrder("pairs", (0, 1)),
         BitOrder("pairs, high nibble first", (1, 0)),
@@ -160,7 +184,10 @@ BIT_ORDERS: dict[torch.dtype, tuple[BitOrder, ...]] = {
         *(BitOrder(f"halves of {n}, high nibble first", (1, 0), n) for n in (32, 64, 128, 256)),
     ),
     torch.int16: (BitOrder("sequential, 16 bit", (0, 1, 2, 3)), BitOrder("reversed, 16 bit", (3, 2, 1, 0))),
-    torch.int64: (BitOrder("sequential, 64 bit", tuple(range(16))), BitOrder("reversed, 64 bit", tuple(range(15, -1, -1)))),
+    torch.int64: (
+        BitOrder("sequential, 64 bit", tuple(range(16))),
+        BitOrder("reversed, 64 bit", tuple(range(15, -1, -1))),
+    ),
 }
 BIT_ORDERS[torch.int8] = BIT_ORDERS[torch.uint8]
 BIT_ORDERS[torch.uint16] = BIT_ORDERS[torch.int16]
@@ -172,13 +199,13 @@ ZERO_CONVENTIONS: dict[str, tuple[int, ...]] = {
     "(stored + 1) & 15": (*range(1, 16), 0),
     "two's complement": tuple((n + 8) % 16 for n in range(16)),
 }
-"""Stored nibble -> zero. GPTQ's first format stores zero - 1; one of its readers wraps 16 to 0 and the other does not. A constant zero is
-``None`` in the canonical form if it is 8, and a float zero is kept as it is."""
+"""Stored nibble -> zero. GPTQ's first format stores zero - 1; one of its readers wraps 16 to 0 and the other does not.
+A constant zero is ``None`` in the canonical form if it is 8, and a float zero is kept as it is."""
 
 CODE_BOOKS: dict[str, tuple[int, ...]] = {
     "offset binary": tuple(range(16)),
     "two's complement": tuple((n + 8) % 16 for n in range(16)),
     "descending": tuple(range(15, -1, -1)),
 }
-"""Stored nibble -> code. In two's complement the nibble is a signed -8..7; its code is that value + 8, and the constant zero is 8. Descending
-codes come from ``(zero - q) * scale``."""
+"""Stored nibble -> code. In two's complement the nibble is a signed -8..7; its code is that value + 8, and the constant
+zero is 8. Descending codes come from ``(zero - q) * scale``."""

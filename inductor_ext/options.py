@@ -22,7 +22,8 @@ class Options:
 
 
 def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
-    """Our options, and the rest for Inductor. Raises ValueError or TypeError for an unknown ``w4a16.`` key or a value of the wrong type."""
+    """Our options, and the rest for Inductor. Raises ValueError or TypeError for an unknown ``w4a16.`` key or a value
+    of the wrong type."""
     own: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
@@ -41,6 +42,8 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
 
 
 def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's config patches for ``mode=`` and ``options=``: made and checked by the class behind ``backend="inductor"``."""
-    config: dict[str, Any] = torch._TorchCompileInductorWrapper(mode, dict(options), dynamic=None).config  # type: ignore[no-untyped-call]
+    """Inductor's config patches for ``mode=`` and ``options=``: made and checked by the class behind
+    ``backend="inductor"``."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    config: dict[str, Any] = wrapper(mode, dict(options), dynamic=None).config
     return config

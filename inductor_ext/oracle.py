@@ -13,7 +13,8 @@ from inductor_ext.kernels import Problem
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
 }
-"""Kernels by device type, the one to try first first. A device without a list has the reference kernel, which runs everywhere."""
+"""Kernels by device type, the one to try first first. A device without a list has the reference kernel, which runs
+everywhere."""
 
 
 class NoKernel(Exception):

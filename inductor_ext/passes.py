@@ -1,6 +1,6 @@
 """The same rewriting as one Inductor pass, for graphs that do not come through our backend: export and AOTInductor.
 
-    aoti_compile_and_package(exported, inductor_configs={"joint_custom_pre_pass": W4A16Pass()})
+aoti_compile_and_package(exported, inductor_configs={"joint_custom_pre_pass": W4A16Pass()})
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SLOT = "joint_custom_pre_pass"
 
 
 class W4A16Pass(CustomGraphPass):
-    """Rewrites int4 matmuls whose weights are attributes of the graph; ``then`` is another pass for the same place, run afterwards;
-    ``loudness`` the logging level at which what is left alone is spoken of.
+    """Rewrites int4 matmuls whose weights are attributes of the graph; ``then`` is another pass for the same place, run
+    afterwards; ``loudness`` the logging level at which what is left alone is spoken of.
 
-    Weights that are inputs of the graph are left alone: a compiled graph can be found in a cache and used with other inputs, for which nothing
-    would have been proved.
+    Weights that are inputs of the graph are left alone: a compiled graph can be found in a cache and used with other
+    inputs, for which nothing would have been proved.
     """
 
-    def __init__(self, options: Options = Options(), then: Any = None, loudness: int = logging.WARNING) -> None:
-        self.options, self.then, self.loudness = options, then, loudness
+    def __init__(self, options: Options | None = None, then: Any = None, loudness: int = logging.WARNING) -> None:
+        self.options, self.then, self.loudness = options or Options(), then, loudness
 
     def __call__(self, graph: fx.Graph) -> None:
         with _disable_current_modes(), torch.no_grad():
@@ -44,7 +44,8 @@ class W4A16Pass(CustomGraphPass):
             self.then(graph)
 
     def uuid(self) -> Any | None:
-        """Changes with every file of this package, every option, and the pass behind; None (no caching) if that one has no uuid."""
+        """Changes with every file of this package, every option, and the pass behind; None (no caching) if that one has
+        no uuid."""
         if self.then is None:
             return (_sources(), repr(self.options))
         behind = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
@@ -53,7 +54,8 @@ class W4A16Pass(CustomGraphPass):
 
 @functools.cache
 def _sources() -> str:
-    """A hash of everything that can change a rewrite: the package's files (patterns and the compiled kernels among them) and its version."""
+    """A hash of everything that can change a rewrite: the package's files (patterns and the compiled kernels among
+    them) and its version."""
     import inductor_ext.patterns
 
     roots = {Path(p) for package in (inductor_ext, inductor_ext.patterns) for p in package.__path__}

@@ -1,4 +1,5 @@
-"""``prepack_(module)``: keep only the kernel's copy of each weight, for memory and for export. The checkpoint's layout comes back on saving."""
+"""``prepack_(module)``: keep only the kernel's copy of each weight, for memory and for export. The checkpoint's layout
+comes back on saving."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import reset_code
 
 from inductor_ext import kernels
 from inductor_ext.capture import DynamoSite
@@ -27,14 +29,19 @@ class NotPrepacked(Exception):
 def prepack_(module: nn.Module) -> int:
     """Converts the int4 linear layers in a module, in place and one at a time; returns how many.
 
-    A layer qualifies if it has ``in_features``, stores its own int4 tensors, and computes one linear map of its input. Its stored codes are
-    freed and the kernel's layout takes their place; scales, zeros and the rest stay. ``state_dict()`` still gives the stored layout, and
-    ``load_state_dict()`` takes it. Layers whose layout the device's kernel reads as it is have nothing to convert and stay, as do those that
-    do not qualify; the log of ``inductor_ext.prepack`` says which and why.
+    A layer qualifies if it has ``in_features``, stores its own int4 tensors, and computes one linear map of its input.
+    Its stored codes are freed and the kernel's layout takes their place; scales, zeros and the rest stay.
+    ``state_dict()`` still gives the stored layout, and ``load_state_dict()`` takes it. Layers whose layout the device's
+    kernel reads as it is have nothing to convert and stay, as do those that do not qualify; the log of
+    ``inductor_ext.prepack`` says which and why.
     """
     converted = 0
     for name, layer in module.named_modules():
-        if isinstance(layer, Prepacked) or not _stores_integers(layer) or not isinstance(getattr(layer, "in_features", None), int):
+        if (
+            isinstance(layer, Prepacked)
+            or not _stores_integers(layer)
+            or not isinstance(getattr(layer, "in_features", None), int)
+        ):
             continue
         try:
             _convert(layer)
@@ -52,7 +59,8 @@ def _stores_integers(layer: nn.Module) -> bool:
 class Prepacked(nn.Module):
     """A linear layer after ``prepack_``: y = x @ W^T + bias, with x [..., K] and W in a kernel's layout.
 
-    Buffers ``packed_*`` hold that layout and are not saved; the stored codes are made from it when ``state_dict()`` asks for them.
+    Buffers ``packed_*`` hold that layout and are not saved; the stored codes are made from it when ``state_dict()``
+    asks for them.
     """
 
     in_features: int
@@ -94,7 +102,14 @@ class Prepacked(nn.Module):
         destination[prefix + self._codes_name] = self.stored_codes()
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], errors: list[str]
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
         rest = dict(state_dict)
         key = prefix + self._codes_name
@@ -103,7 +118,10 @@ class Prepacked(nn.Module):
         if codes is None:
             missing.append(key)
         elif (codes.shape, codes.dtype) != (self._stored_like.shape, self._stored_like.dtype):
-            errors.append(f"{key} is {codes.dtype} {list(codes.shape)}; {self._stored_like.dtype} {list(self._stored_like.shape)} is needed.")
+            errors.append(
+                f"{key} is {codes.dtype} {list(codes.shape)};"
+                f" {self._stored_like.dtype} {list(self._stored_like.shape)} is needed."
+            )
         else:
             device = self.packed_qweight.device
             leaves = [codes.to(device) if name == self._codes_name else getattr(self, name) for name in self._names]
@@ -112,11 +130,12 @@ class Prepacked(nn.Module):
                 setattr(self, f"packed_{field}", tensor)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self._n}, group_size={self._group_size}, kernel={self._kernel}"
+        sizes = f"in_features={self.in_features}, out_features={self._n}, group_size={self._group_size}"
+        return f"{sizes}, kernel={self._kernel}"
 
 
 def _convert(layer: nn.Module) -> None:
-    gm, site, p = _captured(layer)
+    site, p = _captured(layer)
     own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     name_of = {id(t): name for name, t in own.items()}
     names = [name_of.get(id(t)) for t in p.sources]
@@ -133,16 +152,17 @@ def _convert(layer: nn.Module) -> None:
         raise NotPrepacked(f"the {p.kernel} kernel reads its layout as it is")
     layer.__class__ = Prepacked
     layer.__dict__.pop("forward", None)
-    layer._become(p, [name for name in names if name is not None], bias)
+    converted: Any = layer
+    converted._become(p, [name for name in names if name is not None], bias)
 
 
-def _captured(layer: nn.Module) -> tuple[fx.GraphModule, DynamoSite, Proved]:
+def _captured(layer: Any) -> tuple[DynamoSite, Proved]:
     """The layer's graph, rewritten. Raises NotPrepacked unless the layer is captured whole and has one int4 matmul."""
-    found: list[tuple[fx.GraphModule, DynamoSite, list[Proved]]] = []
+    found: list[tuple[DynamoSite, list[Proved]]] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         site = DynamoSite(gm, inputs)
-        found.append((gm, site, rewrite(site, Options(), report)))
+        found.append((site, rewrite(site, Options(), report)))
         return gm.forward
 
     report = Report()
@@ -152,21 +172,30 @@ def _captured(layer: nn.Module) -> tuple[fx.GraphModule, DynamoSite, Proved]:
     x = torch.zeros(2, layer.in_features, dtype=floats[0].dtype, device=floats[0].device)
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
-            torch.compile(layer, backend=backend, fullgraph=True)(x)
+            compiled: Any = torch.compile(layer, backend=backend, fullgraph=True)
+            compiled(x)
     except Exception as error:
         raise NotPrepacked(f"it cannot be captured ({type(error).__name__})") from error
     finally:
-        torch._dynamo.reset_code(type(layer).forward.__code__)
+        reset_code(type(layer).forward.__code__)
     reasons = [alone.reason for alone in report.left_alone]
-    if len(found) != 1 or len(found[0][2]) != 1 or reasons:
-        raise NotPrepacked(" ".join(reasons) or f"{sum(len(proved) for *_, proved in found)} of its matmuls are int4, one is needed")
-    gm, site, proved = found[0]
-    return gm, site, proved[0]
+    if len(found) != 1 or len(found[0][1]) != 1 or reasons:
+        raise NotPrepacked(
+            " ".join(reasons) or f"{sum(len(proved) for _, proved in found)} of its matmuls are int4, one is needed"
+        )
+    site, proved = found[0]
+    return site, proved[0]
 
 
 def _require_linear(graph: fx.Graph) -> None:
     """Only the op may be left in the rewritten graph, with its result returned."""
-    rest = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output") and node.target is not linear]
+    rest = [
+        node
+        for node in graph.nodes
+        if node.op not in ("placeholder", "get_attr", "output") and node.target is not linear
+    ]
     results = graph.find_nodes(op="output")[0].all_input_nodes
     if rest or len(results) != 1 or results[0].target is not linear:
-        raise NotPrepacked(f"it computes more than one linear map ({', '.join(node.name for node in rest[:4]) or 'several results'})")
+        raise NotPrepacked(
+            f"it computes more than one linear map ({', '.join(node.name for node in rest[:4]) or 'several results'})"
+        )

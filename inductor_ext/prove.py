@@ -1,8 +1,8 @@
 """The proof: the cone's value on the real stored tensors against the canonical form's, element by element.
 
-Equal means equal bits under one of the rounding orders below, which are how people write ``(q - z) * s``. Under an order we have not met it
-means: within each element's own rounding bound for the cone's dtype, and only where that bound is a small fraction of one code step, so that
-codes and zeros are exact all the same. NaN equals NaN.
+Equal means equal bits under one of the rounding orders below, which are how people write ``(q - z) * s``. Under an
+order we have not met it means: within each element's own rounding bound for the cone's dtype, and only where that bound
+is a small fraction of one code step, so that codes and zeros are exact all the same. NaN equals NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class NotProved(Exception):
 
 
 Order = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-"""(codes uint8, zeros, scales, dtype of the weight) -> weight. Codes and integer zeros are exact in every dtype met here."""
+"""(codes uint8, zeros, scales, dtype of the weight) -> weight. Codes and integer zeros are exact in every dtype met
+here."""
 
 ORDERS: dict[str, Order] = {
     "(q - z) * s": lambda q, z, s, dt: q.to(dt).sub_(z.to(dt)).mul_(s.to(dt)),
@@ -30,12 +31,15 @@ ORDERS: dict[str, Order] = {
     "(q - z) * s in the scale's dtype, then cast": lambda q, z, s, dt: q.to(s.dtype).sub_(z.to(s.dtype)).mul_(s).to(dt),
     "q * s - z * s": lambda q, z, s, dt: q.to(dt).mul_(s.to(dt)).sub_(z.to(dt) * s.to(dt)),
     "q * s - z * s, then cast": lambda q, z, s, dt: q.float().mul_(s.float()).sub_(z.float() * s.float()).to(dt),
-    "q * s - z * s, fused": lambda q, z, s, dt: q.double().mul_(s.to(dt).double()).sub_((z.to(dt) * s.to(dt)).double()).to(dt),
+    "q * s - z * s, fused": lambda q, z, s, dt: (
+        q.double().mul_(s.to(dt).double()).sub_((z.to(dt) * s.to(dt)).double()).to(dt)
+    ),
 }
 
 
 def prove(program: Program, values: Sequence[Tensor], reading: Reading) -> tuple[PackedInt4, str]:
-    """The canonical form of the real stored tensors, and in words how it was proved equal to the cone. Raises NotProved."""
+    """The canonical form of the real stored tensors, and in words how it was proved equal to the cone. Raises
+    NotProved."""
     with torch.no_grad():
         try:
             canonical = reading.canonical(values)
@@ -75,13 +79,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _within_bound(rows: Tensor, block: PackedInt4) -> bool:
-    """|W - (q - z) s| <= u (|q s| + 2 |z s| + 2 |(q - z) s|), u being half a unit in the last place; and that is under a quarter step."""
+    """|W - (q - z) s| <= u (|q s| + 2 |z s| + 2 |(q - z) s|), u being half a unit in the last place; and that is under
+    a quarter step."""
     codes, zeros, scales = (t.double() for t in _parts(block))
     exact = (codes - zeros) * scales
     unit = torch.finfo(rows.dtype).eps / 2
-    bound = 1.01 * unit * ((codes * scales).abs() + 2 * (zeros * scales).abs() + 2 * exact.abs()) + torch.finfo(rows.dtype).tiny
+    bound = (
+        1.01 * unit * ((codes * scales).abs() + 2 * (zeros * scales).abs() + 2 * exact.abs())
+        + torch.finfo(rows.dtype).tiny
+    )
     error = (rows.double() - block.logical(exact.reshape(rows.shape))).abs()
-    fine = block.logical((bound <= scales.abs() / 4).reshape(rows.shape)) & (error <= block.logical(bound.reshape(rows.shape)))
+    fine = block.logical((bound <= scales.abs() / 4).reshape(rows.shape)) & (
+        error <= block.logical(bound.reshape(rows.shape))
+    )
     return bool((fine | (rows == 0) & (error == 0)).all())
 
 

@@ -30,7 +30,8 @@ class LeftAlone:
 
 @dataclasses.dataclass
 class Report:
-    """``rewritten`` and ``left_alone`` are in graph order, over all graphs captured. Matmuls of dense weights are in neither."""
+    """``rewritten`` and ``left_alone`` are in graph order, over all graphs captured. Matmuls of dense weights are in
+    neither."""
 
     rewritten: list[Rewritten] = dataclasses.field(default_factory=list)
     left_alone: list[LeftAlone] = dataclasses.field(default_factory=list)
@@ -38,7 +39,8 @@ class Report:
 
     def __str__(self) -> str:
         total = len(self.rewritten) + len(self.left_alone)
-        head = f"{len(self.rewritten)} of {total} int4 matmuls rewritten, in {self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        graphs = f"{self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        head = f"{len(self.rewritten)} of {total} int4 matmuls rewritten, in {graphs}"
         parts = [head]
         if self.rewritten:
             rows = [(r.where, r.op, r.kernel, r.problem, r.proof) for r in self.rewritten]
@@ -56,9 +58,11 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """What ``torch.compile(model, backend="w4a16")`` would rewrite when called with these inputs. Nothing is compiled by Inductor.
+    """What ``torch.compile(model, backend="w4a16")`` would rewrite when called with these inputs. Nothing is compiled
+    by Inductor.
 
-    ``model`` may also be a plain function. The model is run once, eagerly, graph by graph, so it may have side effects (a cache filled).
+    ``model`` may also be a plain function. The model is run once, eagerly, graph by graph, so it may have side effects
+    (a cache filled).
     """
     from inductor_ext.backend import explaining
 

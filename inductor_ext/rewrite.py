@@ -1,4 +1,5 @@
-"""Rewriting a graph: for each anchor recognise, prove, choose a kernel; then put one op in the place of each proved matmul."""
+"""Rewriting a graph: for each anchor recognise, prove, choose a kernel; then put one op in the place of each proved
+matmul."""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ def where(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     if named := re.fullmatch(r"([LG])\['([^']*)'\]?(.*)", path):
-        # Dynamo names a module by the variable that holds it. A local one (self) says nothing; a global one (net) is where to look.
+        # Dynamo names a module by the variable that holds it. A local one (self) says nothing; a global one (net) is
+        # where to look.
         scope, root, rest = named.groups()
         path = rest if scope == "L" and rest else root + rest
     path = re.sub(r"\.?(_modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\2", path).strip(".")
@@ -144,12 +146,10 @@ def _trained(site: Site) -> set[fx.Node]:
     return found
 
 
-# -- one anchor --------------------------------------------------------------------------------------------------------------------------
+# -- one anchor --------------------------------------------------------------------------------------------------------
 
 
-def _examine(
-    site: Site, anchor: Anchor, trained: bool, options: Options, subclass: Subclass | None
-) -> Proved | None:
+def _examine(site: Site, anchor: Anchor, trained: bool, options: Options, subclass: Subclass | None) -> Proved | None:
     """The anchor, proved; None if its weight does not come from integer storage. Raises _Refused."""
     weight = site.stored(anchor.weight) if anchor.weight.op in ("placeholder", "get_attr") else None
     inside = subclass is not None and weight is not None and is_traceable_wrapper_subclass(weight)
@@ -170,11 +170,13 @@ def _examine(
         raise _Refused(str(error)) from None
     if trained and meta(anchor.weight).requires_grad:
         raise _Refused(
-            "a stored tensor of it requires a gradient, which the fused op does not give; freeze it, or compile under torch.no_grad()"
+            "a stored tensor of it requires a gradient, which the fused op does not give; freeze it, or compile under"
+            " torch.no_grad()"
         )
     N, K = anchor.size
     dtype = _dtype(anchor)
-    # What a stored tensor may be taken for depends on its values too (int8 within 4 bits or not), and so does the verdict.
+    # What a stored tensor may be taken for depends on its values too (int8 within 4 bits or not), and so does the
+    # verdict.
     signature = f"{found.program.signature(sources)} {list(roles(sources, N, K))}"
     recipe, entry = _proof(found.program, signature, sources, N, K)
     device, kind = sources[0].device, entry.kind
@@ -202,7 +204,8 @@ def _examine(
 
 
 def _speaks_of(site: Site, anchor: Anchor) -> bool:
-    """Whether this is a matmul with a weight from integer storage. Raises _Refused if that weight is the left operand."""
+    """Whether this is a matmul with a weight from integer storage. Raises _Refused if that weight is the left
+    operand."""
     if stored_integers(anchor.weight, lambda leaf: _seen(site, leaf)):
         return True
     left = swapped(anchor)
@@ -223,7 +226,9 @@ def _dtype(anchor: Anchor) -> torch.dtype:
     return dtype
 
 
-def _proof(program: Program, signature: str, sources: Sequence[Tensor], N: int, K: int) -> tuple[weights.Recipe, weights.Entry]:
+def _proof(
+    program: Program, signature: str, sources: Sequence[Tensor], N: int, K: int
+) -> tuple[weights.Recipe, weights.Entry]:
     known = signature in _VERDICTS
     reading = _verdict(program, signature, sources, N, K)
     recipe = weights.Recipe(program, reading, f"{signature} {reading!r}")
@@ -232,7 +237,8 @@ def _proof(program: Program, signature: str, sources: Sequence[Tensor], N: int, 
     except prove.NotProved as error:
         if not known:
             raise _Refused(str(error)) from None
-    # The verdict came from a sibling whose stored tensors allowed another reading (a g_idx that sorts nothing): read this one itself.
+    # The verdict came from a sibling whose stored tensors allowed another reading (a g_idx that sorts nothing): read
+    # this one itself.
     del _VERDICTS[signature]
     return _proof(program, signature, sources, N, K)
 
@@ -252,11 +258,12 @@ def _verdict(program: Program, signature: str, sources: Sequence[Tensor], N: int
     return verdict
 
 
-# -- the graph ---------------------------------------------------------------------------------------------------------------------------
+# -- the graph ---------------------------------------------------------------------------------------------------------
 
 
 def _without_shared(graph: fx.Graph, proved: list[Proved], left: list[LeftAlone]) -> list[Proved]:
-    """Leaves alone what would not save the dequantisation: a weight-sized intermediate with a user that stays in the graph."""
+    """Leaves alone what would not save the dequantisation: a weight-sized intermediate with a user that stays in the
+    graph."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         acts = node.op == "output" or is_write(node) or node.is_impure()
@@ -268,7 +275,9 @@ def _without_shared(graph: fx.Graph, proved: list[Proved], left: list[LeftAlone]
         for p in proved:
             user = None if p.inside else _stays(p, live - gone - inside)
             if user is not None:
-                reason = f"its dequantised weight is also used by {user.name}, for which it would be computed all the same"
+                reason = (
+                    f"its dequantised weight is also used by {user.name}, for which it would be computed all the same"
+                )
                 left.append(LeftAlone(p.rewritten.where, _sentence(reason)))
                 proved = [other for other in proved if other is not p]
                 break
@@ -292,12 +301,15 @@ def _is_assertion(node: fx.Node) -> bool:
 
 
 def _replace(site: Site, p: Proved, replaced: dict[fx.Node, fx.Node]) -> None:
-    """Puts the op in the anchor's place. Casts what autocast would have cast. ``replaced`` has the anchors before this one."""
+    """Puts the op in the anchor's place. Casts what autocast would have cast. ``replaced`` has the anchors before this
+    one."""
     node = p.anchor.node
     packed = site.attach(p.entry.pack(p.kernel, p.sources))
     dtype, reading = meta(node).dtype, p.recipe.reading
     with site.graph.inserting_before(node):
-        x, bias = (_cast(site.graph, n if n is None else replaced.get(n, n), dtype) for n in (p.anchor.x, p.anchor.bias))
+        x, bias = (
+            _cast(site.graph, n if n is None else replaced.get(n, n), dtype) for n in (p.anchor.x, p.anchor.bias)
+        )
         assert x is not None
         new = site.graph.call_function(linear, (x, *packed, bias, reading.N, reading.K // reading.groups, p.kernel))
     new.meta = dict(node.meta)

@@ -1,6 +1,8 @@
-"""Weights that are tensor subclasses (torchao, quanto): Dynamo's graph shows ``linear(x, weight)``, the dequantisation is inside the subclass.
+"""Weights that are tensor subclasses (torchao, quanto): Dynamo's graph shows ``linear(x, weight)``, the dequantisation
+is inside the subclass.
 
-The one matmul is traced by itself down to the subclass's plain parts; recognising and proving then work on that little graph.
+The one matmul is traced by itself down to the subclass's plain parts; recognising and proving then work on that little
+graph.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from inductor_ext.weights import part
 
 
 def inside(anchor: Anchor, weight: Tensor) -> tuple[Cone, list[tuple[str, ...]]]:
-    """The cone within a matmul whose weight operand is this subclass, and the attribute path of each of its leaves. Raises NotACone."""
+    """The cone within a matmul whose weight operand is this subclass, and the attribute path of each of its leaves.
+    Raises NotACone."""
     K = anchor.size[1]
     x = torch.zeros(2, K, dtype=meta(anchor.x).dtype, device=weight.device)
     paths = _leaf_paths(weight)
@@ -36,14 +39,25 @@ def inside(anchor: Anchor, weight: Tensor) -> tuple[Cone, list[tuple[str, ...]]]
     found = anchors(traced.graph)
     placeholders = traced.graph.find_nodes(op="placeholder")
     output = traced.graph.find_nodes(op="output")[0].args[0]
-    if len(found) != 1 or _through_views(found[0].x) is not placeholders[0] or _through_views(output) is not found[0].node:
+    if (
+        len(found) != 1
+        or _through_views(found[0].x) is not placeholders[0]
+        or _through_views(output) is not found[0].node
+    ):
         raise NotACone(f"its {type(weight).__name__} does more than dequantise and multiply")
     path_of = dict(zip(placeholders[1:], paths, strict=True))
-    result = cone(found[0], lambda n: None if n in path_of else f"the activation {n.name} takes part in its computation")
+    result = cone(
+        found[0], lambda n: None if n in path_of else f"the activation {n.name} takes part in its computation"
+    )
     return result, [path_of[leaf] for leaf in result.leaves]
 
 
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default, torch.ops.aten.alias.default}
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.alias.default,
+}
 
 
 def _through_views(node: Any) -> Any:
@@ -58,7 +72,8 @@ def _rebuild(value: Tensor, parts: list[Tensor]) -> Tensor:
         return parts.pop(0)
     names, context = value.__tensor_flatten__()
     inner = {name: _rebuild(getattr(value, name), parts) for name in names}
-    rebuilt: Tensor = type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())  # type: ignore[attr-defined]
+    cls: Any = type(value)
+    rebuilt: Tensor = cls.__tensor_unflatten__(inner, context, value.shape, value.stride())
     return rebuilt
 
 

@@ -1,9 +1,9 @@
 """Packed weights: what a kernel reads, made from stored tensors and kept with them.
 
-An entry hangs on the tensor that holds the codes. So it is shared by every graph, follows its tensor when modules swap theirs, and dies with
-it. It is proved and packed when its stored tensors are first met, and refreshed in place (same addresses, so captured CUDA graphs stay valid)
-when one of them changes. A change is seen by the tensor's version counter; ``t.data.copy_()`` and writes under ``inference_mode`` do not move
-it: call ``invalidate(module)`` after those.
+An entry hangs on the tensor that holds the codes. So it is shared by every graph, follows its tensor when modules swap
+theirs, and dies with it. It is proved and packed when its stored tensors are first met, and refreshed in place (same
+addresses, so captured CUDA graphs stay valid) when one of them changes. A change is seen by the tensor's version
+counter; ``t.data.copy_()`` and writes under ``inference_mode`` do not move it: call ``invalidate(module)`` after those.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Entry:
 
     def __init__(self, recipe: Recipe, sources: Sequence[Tensor]) -> None:
         codes = recipe.reading.codes.matrix.leaf
-        self.others = tuple(None if i == codes else t for i, t in enumerate(sources))  # not the one that holds this entry
+        self.others = tuple(
+            None if i == codes else t for i, t in enumerate(sources)
+        )  # not the one that holds this entry
         self._recipe = recipe
         self._packs: dict[str, tuple[Packed, tuple[bool, ...]]] = {}  # and which of its tensors packing allocated
         self._canonical: PackedInt4 | None = None
@@ -71,7 +73,8 @@ class Entry:
         self.state = state
 
     def pack(self, kernel: str, sources: Sequence[Tensor]) -> Packed:
-        """The weight in the kernel's layout. Memory that was packed into stays the same; what needed no packing is the stored tensor's own."""
+        """The weight in the kernel's layout. Memory that was packed into stays the same; what needed no packing is the
+        stored tensor's own."""
         if kernel not in self._packs:
             with _disable_current_modes(), torch.no_grad():
                 packed = _pack(kernel, self._canonical or self._recipe.reading.canonical(sources))
@@ -101,7 +104,12 @@ def _renewed(old: Packed, ours: Sequence[bool], new: Packed) -> Packed:
     """The new values, in the old memory where that is ours: a stored tensor is never written to."""
 
     def renew(before: Tensor | None, now: Tensor | None, own: bool) -> Tensor | None:
-        if before is None or now is None or not own or (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device):
+        if (
+            before is None
+            or now is None
+            or not own
+            or (before.shape, before.dtype, before.device) != (now.shape, now.dtype, now.device)
+        ):
             return now
         return before.copy_(now)
 
@@ -170,9 +178,11 @@ def part(value: Tensor, path: Sequence[str]) -> Tensor:
 
 
 def invalidate(module: nn.Module) -> int:
-    """Has the packed copies of this module's weights proved and made again at their next use; returns how many there are.
+    """Has the packed copies of this module's weights proved and made again at their next use; returns how many there
+    are.
 
-    Needed only after changes that PyTorch does not count: ``p.data.copy_(...)``, or writes to tensors made under ``torch.inference_mode()``.
+    Needed only after changes that PyTorch does not count: ``p.data.copy_(...)``, or writes to tensors made under
+    ``torch.inference_mode()``.
     """
     stored = [t for value in (*module.parameters(), *module.buffers()) for t in stored_tensors(value)]
     hit = [e for t in stored for e in (_entries(t) or {}).values()]

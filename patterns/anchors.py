@@ -2,7 +2,8 @@
 
     y = x @ W^T (+ bias)      x [..., K], W [N, K], y [..., N]
 
-The spellings (linear, mm, matmul, @, bmm of batch 1, addmm, einsum) differ only in where the operands stand and whether W is [K, N].
+The spellings (linear, mm, matmul, @, bmm of batch 1, addmm, einsum) differ only in where the operands stand and whether
+W is [K, N].
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Anchor:
 
 
 def meta(node: fx.Node) -> Any:
-    """The fake value that capture left on a node: Dynamo calls it example_value, AOTAutograd val. None where there is none."""
+    """The fake value that capture left on a node: Dynamo calls it example_value, AOTAutograd val. None where there is
+    none."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
@@ -64,8 +66,34 @@ def is_matmul(node: fx.Node) -> bool:
 
 
 _MATMULS = {
-    *("linear", "matmul", "mm", "bmm", "addmm", "einsum", "__matmul__", "mv", "addmv", "inner", "tensordot", "baddbmm", "addbmm", "addmm_"),
-    *("baddbmm_", "multi_dot", "chain_matmul", "bilinear", "conv1d", "conv2d", "conv3d", "convolution", "_grouped_mm", "grouped_mm"),
+    *(
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "einsum",
+        "__matmul__",
+        "mv",
+        "addmv",
+        "inner",
+        "tensordot",
+        "baddbmm",
+        "addbmm",
+        "addmm_",
+    ),
+    *(
+        "baddbmm_",
+        "multi_dot",
+        "chain_matmul",
+        "bilinear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "_grouped_mm",
+        "grouped_mm",
+    ),
 }
 
 
@@ -82,7 +110,8 @@ def read_anchor(node: fx.Node) -> Anchor | None:
 
 
 def _same_form(found: Anchor) -> bool:
-    """x [..., K] and one weight matrix give [..., N]: no broadcasting of x over a batch, no batch of weights, no vector weight."""
+    """x [..., K] and one weight matrix give [..., N]: no broadcasting of x over a batch, no batch of weights, no vector
+    weight."""
     x, weight, y = meta(found.x), meta(found.weight), meta(found.node)
     if not all(isinstance(t, Tensor) for t in (x, weight, y)):
         return False
@@ -91,7 +120,8 @@ def _same_form(found: Anchor) -> bool:
 
 
 def swapped(found: Anchor) -> fx.Node | None:
-    """The operand that would be the weight if the matmul were written the other way round (W @ x); None for spellings without that way."""
+    """The operand that would be the weight if the matmul were written the other way round (W @ x); None for spellings
+    without that way."""
     return None if found.node.target in _LINEAR else found.x
 
 
@@ -104,7 +134,8 @@ def _operands(node: fx.Node) -> list[Any]:
 
 
 def _linear(node: fx.Node, x: Any, weight: Any, bias: Any = None) -> Anchor | None:
-    return Anchor(node, x, weight, kn=False, bias=node.kwargs.get("bias", bias))
+    bias = node.kwargs.get("bias", bias)
+    return Anchor(node, x, weight, kn=False, bias=bias if isinstance(bias, fx.Node) else None)
 
 
 def _matmul(node: fx.Node, x: Any, weight: Any, *rest: Any) -> Anchor | None:
@@ -120,7 +151,8 @@ def _addmm(node: fx.Node, bias: Any, x: Any, weight: Any, *rest: Any) -> Anchor 
 
 
 def _einsum(node: fx.Node, equation: Any, *operands: Any) -> Anchor | None:
-    """Two operands, one contracted index, last in x; the result is x's other indices (an ellipsis among them), then the weight's."""
+    """Two operands, one contracted index, last in x; the result is x's other indices (an ellipsis among them), then the
+    weight's."""
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
     if len(operands) != 2 or not isinstance(equation, str) or "->" not in equation:

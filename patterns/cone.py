@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Program:
         graph.output(copies[out])
         names = {node: i for i, node in enumerate((*leaves, *nodes))}
         names |= {node: names[same[node.target]] for node in aliases}
-        lines = [f"{_target(node)} {fx.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))!r}" for node in nodes]  # type: ignore[arg-type, return-value]
+        lines = [f"{_target(node)} {_described(node, names)}" for node in nodes]
         self._structure = "\n".join((*lines, f"{names[out]} {kn}"))
         self._module, self._kn = fx.GraphModule({}, graph), kn
 
@@ -57,8 +57,8 @@ class Program:
         """The weight [N, K] for these leaf values, which are not written to."""
         with _disable_current_modes(), torch.no_grad():
             weight = self._module(*values)
-        weight = weight.reshape(weight.shape[-2:])
-        return weight.t() if self._kn else weight
+        matrix: Tensor = weight.reshape(weight.shape[-2:])
+        return matrix.t() if self._kn else matrix
 
     def signature(self, values: Sequence[Tensor]) -> str:
         """A hash of what is computed: the operations and constants, and the leaves' shapes and dtypes.
@@ -88,6 +88,13 @@ class _Name:
         return f"%{self.index}"
 
 
+def _described(node: fx.Node, names: Mapping[fx.Node, int]) -> str:
+    """The arguments, with nodes by number: what is the same in two graphs is the same text."""
+    arguments: Any = (node.args, node.kwargs)
+    stand_in: Callable[[fx.Node], Any] = lambda n: _Name(names[n])  # noqa: E731
+    return repr(fx.map_arg(arguments, stand_in))
+
+
 def _target(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return f"{node.op} {node.target}"
@@ -99,9 +106,11 @@ def _table(value: Tensor) -> str:
 
 
 def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
-    """The cone of an anchor's weight. ``why_not_leaf`` says of a placeholder or get_attr why its value is none to rely on, or None.
+    """The cone of an anchor's weight. ``why_not_leaf`` says of a placeholder or get_attr why its value is none to rely
+    on, or None.
 
-    Raises NotACone with the reason: an activation takes part, a stored tensor is written to, a random or unknown operation, ...
+    Raises NotACone with the reason: an activation takes part, a stored tensor is written to, a random or unknown
+    operation, ...
     """
     inside: set[fx.Node] = set()
     at_leaves: set[fx.Node] = set()
@@ -147,11 +156,28 @@ def _why_not_inside(node: fx.Node) -> str | None:
     return None
 
 
-_RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "bernoulli", "multinomial", "normal", "dropout"}
-_WRITES = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.iand, operator.ior, operator.ixor,
-           operator.ilshift, operator.irshift, operator.ifloordiv}  # fmt: skip
-_VIEWS = {"view", "reshape", "getitem", "narrow", "select", "slice", "t", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unbind",
-          "split", "chunk", "expand", "view_as", "movedim", "unflatten", "T", "getattr", "swapaxes", "swapdims", "mT", "detach", "data"}  # fmt: skip
+_RANDOM = {
+    "rand",
+    "randn",
+    "randint",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "randperm",
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "dropout",
+}
+_WRITES = {
+    *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
+    *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+}
+_VIEWS = {
+    *("view", "reshape", "view_as", "getitem", "getattr", "narrow", "select", "slice", "unbind", "split", "chunk"),
+    *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "expand", "detach", "data"),
+    *("unsqueeze", "squeeze", "flatten", "unflatten"),
+}
 
 
 def is_write(node: fx.Node) -> bool:
@@ -165,11 +191,20 @@ def _written(node: fx.Node) -> list[fx.Node]:
         return []
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema.arguments
-        values = [*zip(schema, node.args, strict=False), *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs)]
+        values = [
+            *zip(schema, node.args, strict=False),
+            *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs),
+        ]
         written = [value for a, value in values if a.alias_info is not None and a.alias_info.is_write]
     else:
-        called = "" if getattr(node.target, "__module__", "") == "_operator" else name(node)  # operator.and_ writes nothing
-        in_place = node.target in _WRITES or node.kwargs.get("inplace") is True or (called.endswith("_") and not called.endswith("__"))
+        called = (
+            "" if getattr(node.target, "__module__", "") == "_operator" else name(node)
+        )  # operator.and_ writes nothing
+        in_place = (
+            node.target in _WRITES
+            or node.kwargs.get("inplace") is True
+            or (called.endswith("_") and not called.endswith("__"))
+        )
         written = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
     return [n for n in written if isinstance(n, fx.Node)]
 
@@ -191,10 +226,11 @@ def _writes(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.Node]:
-    """The integer placeholders and constants behind a weight operand that are large enough to be its codes; looks no further than matmuls.
+    """The integer placeholders and constants behind a weight operand that are large enough to be its codes; looks no
+    further than matmuls.
 
-    This decides whether a matmul is one whose weight comes from integer storage, and so is spoken of at all. ``value`` gives a leaf's tensor,
-    real or fake.
+    This decides whether a matmul is one whose weight comes from integer storage, and so is spoken of at all. ``value``
+    gives a leaf's tensor, real or fake.
     """
     weight = meta(out)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
@@ -206,7 +242,11 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
         node = todo.pop()
         if node.op in ("placeholder", "get_attr"):
             leaf = value(node)
-            if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8:
+            if (
+                isinstance(leaf, Tensor)
+                and leaf.dtype in _INTEGERS
+                and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8
+            ):
                 found.append(node)
         elif not is_matmul(node):
             behind = [n for n in (*node.all_input_nodes, *_writes(node)) if n not in seen]

@@ -1,7 +1,9 @@
-"""Why a cone was not recognised: a few more probes, read for a sentence that tells the user what is unusual about the weight."""
+"""Why a cone was not recognised: a few more probes, read for a sentence that tells the user what is unusual about the
+weight."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,8 +45,8 @@ def _no_roles(values: Sequence[Tensor], N: int, K: int) -> str:
     if not floats:
         return "no scale takes part before the matmul; a scale applied to the result is not looked for"
     return (
-        f"its computation from {shapes(integers)} and {shapes(floats)} is not codes with one scale and one zero a group:"
-        " another tensor takes part, or the scales have no layout that is known"
+        f"its computation from {shapes(integers)} and {shapes(floats)} is not codes with one scale and one zero"
+        " a group: another tensor takes part, or the scales have no layout that is known"
     )
 
 
@@ -71,13 +73,14 @@ def _code_book(probe: Probe, N: int, K: int) -> list[tuple[float, float]]:
 def _uneven(book: list[tuple[float, float]]) -> str | None:
     for code, (lowest, highest) in enumerate(book):
         if lowest != highest:
-            return f"the value of code {code} depends on where it stands: {lowest:g} here, {highest:g} there, under equal scales and zeros"
+            where = f"{lowest:g} here, {highest:g} there, under equal scales and zeros"
+            return f"the value of code {code} depends on where it stands: {where}"
     return None
 
 
 def _not_affine(book: list[tuple[float, float]]) -> str | None:
     values = sorted({lowest for lowest, _ in book})
-    steps = {b - a for a, b in zip(values, values[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(values)}
     listed = ", ".join(f"{v:g}" for v, _ in book)
     if len(values) < 16 and steps <= {1.0}:
         return f"its codes are masked or clamped: the 16 codes give {len(values)} values ({listed})"
@@ -101,7 +104,10 @@ def _zeros(probe: Probe, N: int, K: int) -> str | None:
     probe.draw(zeros=leaf)
     if not torch.equal(*seen):
         kind = f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}"
-        return f"the stored tensor {kind} scales the codes instead of shifting them: scales that are quantised themselves are not rewritten"
+        return (
+            f"the stored tensor {kind} scales the codes instead of shifting them:"
+            " scales that are quantised themselves are not rewritten"
+        )
     return None
 
 
@@ -129,5 +135,8 @@ def _groups(probe: Probe, N: int, K: int) -> str | None:
         probe.draw(**{role: leaf})
         if varies:
             probe.draw(codes=base)
-            return f"the {what} changes inside a run of {size} values along K: its groups do not lie along K, or are of another size"
+            return (
+                f"the {what} changes inside a run of {size} values along K:"
+                " its groups do not lie along K, or are of another size"
+            )
     return None

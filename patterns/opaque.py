@@ -19,6 +19,6 @@ def already_fused(node: fx.Node) -> str | None:
     if node.op != "call_function":
         return None
     name = getattr(getattr(node.target, "_schema", None), "name", None)
-    if name is None and getattr(node.target, "__name__", "").startswith("_weight_int4pack_mm"):
-        name = f"aten::{node.target.__name__}"  # type: ignore[union-attr]
+    if name is None:  # torch._weight_int4pack_mm, not torch.ops.aten's
+        name = f"aten::{getattr(node.target, '__name__', '')}"
     return f"Already fused: it is {_FUSED[name]}." if name in _FUSED else None

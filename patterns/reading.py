@@ -1,4 +1,5 @@
-"""Readings: which stored tensor holds what of a weight, and where. Plain data; ``canonical`` turns stored tensors into the canonical form."""
+"""Readings: which stored tensor holds what of a weight, and where. Plain data; ``canonical`` turns stored tensors into
+the canonical form."""
 
 from __future__ import annotations
 
@@ -56,10 +57,8 @@ class Matrix:
         rows, columns = self._stored(N, cols)
         if self.broadcast:
             return leaf.reshape(1, 1).expand(N, cols)
-        if self.order is None:
-            stored = leaf.reshape(rows, columns)
-        else:
-            stored = self.order.unpack(leaf, self.dim, rows, columns)
+        order = self.order
+        stored = leaf.reshape(rows, columns) if order is None else order.unpack(leaf, self.dim, rows, columns)
         return stored.t()[:N, :cols] if self.transposed else stored[:N, :cols]
 
     def write(self, values: Tensor, leaf: Tensor) -> Tensor:
@@ -83,7 +82,9 @@ class Matrix:
 def matrices(leaf: int, value: Tensor, N: int, cols: int) -> Iterator[Matrix]:
     """Every layout in which this leaf could hold an [N, cols] matrix, likelier ones first."""
     packed = BIT_ORDERS.get(value.dtype, ())
-    candidates = [Matrix(leaf, transposed, order, dim) for order in packed for transposed in (False, True) for dim in (1, 0)]
+    candidates = [
+        Matrix(leaf, transposed, order, dim) for order in packed for transposed in (False, True) for dim in (1, 0)
+    ]
     candidates += [Matrix(leaf, False), Matrix(leaf, True), Matrix(leaf, False, broadcast=True)]
     yield from (m for m in candidates if m.fits(value, N, cols))
 
@@ -115,7 +116,8 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """The zero of a group: a constant; base + table[nibble]; base + sign * value; or base + sign * value / scale (an added shift)."""
+    """The zero of a group: a constant; base + table[nibble]; base + sign * value; or base + sign * value / scale (an
+    added shift)."""
 
     base: float
     matrix: Matrix | None = None
@@ -125,7 +127,8 @@ class Zeros:
     shift: bool = False
 
     def read(self, leaves: Sequence[Tensor], scales: Tensor, N: int, groups: int) -> Tensor | None:
-        """None (constant 8), uint8 [N, groups] in 0..16, or a float tensor. Raises NotCanonical for an integer outside 0..16."""
+        """None (constant 8), uint8 [N, groups] in 0..16, or a float tensor. Raises NotCanonical for an integer outside
+        0..16."""
         if self.matrix is None:
             if self.base == 8:
                 return None
@@ -158,7 +161,8 @@ class Index:
 
     leaf: int
     gives: str
-    """"group": of each k (GPTQ's and compressed-tensors' g_idx); "column": where each k is stored, groups being runs of the stored columns."""
+    """"group": of each k (GPTQ's and compressed-tensors' g_idx); "column": where each k is stored, groups being runs of
+    the stored columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,31 +178,30 @@ class Reading:
     index: Index | None
 
     def canonical(self, leaves: Sequence[Tensor]) -> PackedInt4:
-        """The canonical form of these stored tensors; parts that are canonical already are views of them. Raises NotCanonical."""
+        """The canonical form of these stored tensors; parts that are canonical already are views of them. Raises
+        NotCanonical."""
         N, K = self.N, self.K
         scales = self.scales.read(leaves[self.scales.leaf], N, self.groups).contiguous()
         zeros = self.zeros.read(leaves, scales, N, self.groups)
         zeros = None if zeros is None else zeros.contiguous()
         if self.index is not None and self.index.gives == "column":
             order = _permutation(leaves[self.index.leaf])
-            return PackedInt4(SEQUENTIAL.pack(self.codes.read(leaves[self.codes.matrix.leaf], N, K), 1), scales, zeros, order)
+            return PackedInt4(
+                SEQUENTIAL.pack(self.codes.read(leaves[self.codes.matrix.leaf], N, K), 1), scales, zeros, order
+            )
         perm = None if self.index is None else _by_group(leaves[self.index.leaf], self.groups)
         leaf, codes = leaves[self.codes.matrix.leaf], self.codes
-        if perm is None and codes == Codes(Matrix(codes.matrix.leaf, False, SEQUENTIAL), "offset binary", 0) and leaf.is_contiguous():
+        if (
+            perm is None
+            and codes == Codes(Matrix(codes.matrix.leaf, False, SEQUENTIAL), "offset binary", 0)
+            and leaf.is_contiguous()
+        ):
             return PackedInt4(leaf.detach().view(torch.int32).view(N, K // 8), scales, zeros)
         nibbles = codes.read(leaf, N, K)
         if perm is None:
             return PackedInt4(SEQUENTIAL.pack(nibbles, 1), scales, zeros)
         order = torch.empty_like(perm).scatter_(0, perm, torch.arange(K, device=perm.device)).int()
         return PackedInt4(SEQUENTIAL.pack(nibbles.index_select(1, perm), 1), scales, zeros, order)
-
-    def __str__(self) -> str:
-        m = self.codes.matrix
-        stored = f"{'[K, N]' if m.transposed else '[N, K]'}"
-        if m.order is not None:
-            stored += f" packed along {'NK'[(m.dim == 1) != m.transposed]}, {m.order.name}"
-        zeros = f"zero {self.zeros.base}" if self.zeros.matrix is None else "stored zeros"
-        return f"{stored}, {self.codes.book}, G={self.K // self.groups}, {zeros}{', act-order' if self.index is not None else ''}"
 
 
 def _by_group(index: Tensor, groups: int) -> Tensor | None:
@@ -208,7 +211,9 @@ def _by_group(index: Tensor, groups: int) -> Tensor | None:
     if bool((index == torch.arange(K, device=index.device) // (K // groups)).all()):
         return None
     if bool((index < 0).any()) or bool((torch.bincount(index, minlength=groups) != K // groups).any()):
-        raise NotCanonical(f"its group index gives groups of unequal size; each must have {K // groups} of the {K} columns")
+        raise NotCanonical(
+            f"its group index gives groups of unequal size; each must have {K // groups} of the {K} columns"
+        )
     return torch.argsort(index, stable=True)
 
 

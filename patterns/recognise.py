@@ -1,9 +1,11 @@
-"""Recognising by meaning: a cone is run on two sets of made-up stored tensors, and its answers say which of the known readings it computes.
+"""Recognising by meaning: a cone is run on two sets of made-up stored tensors, and its answers say which of the known
+readings it computes.
 
-Probe 1 draws random codes and scales and keeps the zeros neutral: the scale map is the one under which W / scale is whole everywhere, the
-code map the one under which that number follows from the nibble. Probe 2 draws everything; it gives the zeros, and the reading found is then
-checked on all of it. The values drawn (few mantissa bits, small integers) make every rounding order exact down to bfloat16, so "equal" means
-equal. The layouts tried are those of the table in formats.py; which spelling computes them does not matter.
+Probe 1 draws random codes and scales and keeps the zeros neutral: the scale map is the one under which W / scale is
+whole everywhere, the code map the one under which that number follows from the nibble. Probe 2 draws everything; it
+gives the zeros, and the reading found is then checked on all of it. The values drawn (few mantissa bits, small
+integers) make every rounding order exact down to bfloat16, so "equal" means equal. The layouts tried are those of the
+table in formats.py; which spelling computes them does not matter.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Probe:
         if roles.index is not None:
             index = values[roles.index.leaf]
             drawn = torch.randperm(index.numel(), generator=self.random)
-            self.values[roles.index.leaf] = self._like(drawn if roles.index.gives == "column" else drawn % roles.groups, index)
+            self.values[roles.index.leaf] = self._like(
+                drawn if roles.index.gives == "column" else drawn % roles.groups, index
+            )
 
     def _like(self, drawn: Tensor, leaf: Tensor) -> Tensor:
         return drawn.reshape(leaf.shape).to(device=leaf.device, dtype=leaf.dtype)
@@ -60,7 +64,9 @@ class Probe:
         return self._like(torch.randint(low, low + 16, (leaf.numel(),), generator=self.random, dtype=torch.int8), leaf)
 
     def scales(self, leaf: Tensor) -> Tensor:
-        return self._like(torch.tensor(_SCALES)[torch.randint(len(_SCALES), (leaf.numel(),), generator=self.random)], leaf)
+        return self._like(
+            torch.tensor(_SCALES)[torch.randint(len(_SCALES), (leaf.numel(),), generator=self.random)], leaf
+        )
 
     def draw(self, **leaves: Tensor) -> None:
         """Puts these tensors in the place of the leaves with these roles."""
@@ -86,7 +92,8 @@ def _random_bits(leaf: Tensor, random: torch.Generator) -> Tensor:
 
 
 def recognise(program: Program, values: Sequence[Tensor], N: int, K: int) -> Reading:
-    """The reading of a cone that computes [N, K]. ``values`` are the leaves' stored tensors, of which only shapes, dtypes, tables and integer ranges are used.
+    """The reading of a cone that computes [N, K]. ``values`` are the leaves' stored tensors, of which only shapes,
+    dtypes, tables and integer ranges are used.
 
     Raises NotRecognised.
     """
@@ -106,7 +113,9 @@ def roles(values: Sequence[Tensor], N: int, K: int) -> Iterator[Roles]:
     """The assignments of roles to leaves that sizes and value ranges allow."""
     integers = [i for i, v in enumerate(values) if not v.dtype.is_floating_point]
     floats = [i for i, v in enumerate(values) if v.dtype.is_floating_point]
-    for codes in (i for i in integers if any(matrices(i, values[i], N, K)) and code_range(values[i], N * K) is not None):
+    for codes in (
+        i for i in integers if any(matrices(i, values[i], N, K)) and code_range(values[i], N * K) is not None
+    ):
         for scales in floats:
             groups = max(1, values[scales].numel() // N)
             if K % groups or not any(matrices(scales, values[scales], N, groups)):
@@ -132,7 +141,8 @@ def _index(leaf: int, value: Tensor, K: int, groups: int) -> Index | None:
 
 
 def code_range(value: Tensor, elements: int) -> int | None:
-    """The value of the lowest code: PACKED for words, 0 or -8 for a code an element, None if its integers are beyond 4 bits."""
+    """The value of the lowest code: PACKED for words, 0 or -8 for a code an element, None if its integers are beyond 4
+    bits."""
     if value.numel() != elements:
         return PACKED
     lowest, highest = (int(v) for v in value.aminmax())
@@ -188,7 +198,8 @@ def _read(probe: Probe, N: int, K: int) -> Reading | None:
 
 
 def _scale_maps(probe: Probe, at: _Samples, w: Tensor, N: int, K: int) -> Iterator[tuple[Matrix, Index | None]]:
-    """Where the scales are and how k finds its group, such that W / scale is a whole number (or a half) in reach of codes minus zeros."""
+    """Where the scales are and how k finds its group, such that W / scale is a whole number (or a half) in reach of
+    codes minus zeros."""
     r, leaf = probe.roles, probe.values[probe.roles.scales]
     for index in dict.fromkeys((r.index, None)):
         _, group = at.columns(probe, index, r.groups)
@@ -231,6 +242,7 @@ def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
     raw = matrix.sample(values[r.codes], N, K, at.n, column).long() - low
     code = torch.tensor(CODE_BOOKS[known.codes.book], device=raw.device)[raw]
     for m in matrices(r.zeros, drawn, N, groups):
+        base: float | Tensor
         z = m.sample(drawn, N, groups, at.n, group)
         if drawn.dtype.is_floating_point:
             base, z = known.zeros.base, z.float()

@@ -1,4 +1,5 @@
-"""One thread for every test: the tensors are small, and on a busy machine threads wait for each other longer than they work."""
+"""One thread for every test: the tensors are small, and on a busy machine threads wait for each other longer than they
+work."""
 
 import torch
 

@@ -2,10 +2,10 @@
 
     python tests/opinfo.py [--seconds N] [--ops add mul ...] [--json FILE]
 
-Each operator's first sample is compiled with both backends; each comes out as "ok" (the eager result), "wrong", "no graph"
-(Dynamo gives it to no backend) or the type of its error. An operator that eager PyTorch refuses, or that has no float32
-sample, is "skipped". The script ends with a table of outcomes and every operator for which the two differ, and exits
-with 1 if there is one.
+Each operator's first sample is compiled with both backends; each comes out as "ok" (the eager result), "wrong", "no
+graph" (Dynamo gives it to no backend) or the type of its error. An operator that eager PyTorch refuses, or that has no
+float32 sample, is "skipped". The script ends with a table of outcomes and every operator for which the two differ, and
+exits with 1 if there is one.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def compare(ops: Iterable[OpInfo], seconds: float) -> dict[str, tuple[str, ...]]
 
 
 def unseeded(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """For the database's wrapper of random operators, which Dynamo cannot trace: the seed is set outside, once a call."""
+    """For the database's wrapper of random operators, which Dynamo cannot trace: the seed is set outside, once a
+    call."""
     return function(*args, **kwargs)
 
 

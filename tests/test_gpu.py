@@ -1,4 +1,5 @@
-"""On a CUDA or ROCm device: recognised and proved there, computed by the reference kernel (no GPU kernel exists yet), under CUDA graphs too."""
+"""On a CUDA or ROCm device: recognised and proved there, computed by the reference kernel (no GPU kernel exists yet),
+under CUDA graphs too."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from zoo.base import call, given
 
 import inductor_ext
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device, and this machine has none")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA or ROCm device, and this machine has none"
+)
 
 
 class Bytes(nn.Module):

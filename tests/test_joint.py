@@ -18,7 +18,8 @@ NOT_TRACED = {"torchao", "argument", "trained", "written", "copied", "noise", "d
 
 
 def traced(module: nn.Module, x: torch.Tensor, functional: bool) -> fx.GraphModule:
-    """The module's forward as one ATen graph that holds its buffers, before or after functionalisation and Inductor's decompositions."""
+    """The module's forward as one ATen graph that holds its buffers, before or after functionalisation and Inductor's
+    decompositions."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return call(module, x)

@@ -1,4 +1,5 @@
-"""The main job: a transformers model from a packed checkpoint, compiled, every quantised linear rewritten, and right."""
+"""The main job: a transformers model from a packed checkpoint, compiled, every quantised linear rewritten, and
+right."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ MATMULS += ["nn.functional.linear", "linalg.multi_dot"]
 OTHERS = ["item", "arange", "zeros", "nonzero", "masked_select", "unique", "index_put", "__getitem__", "scatter_add"]
 OTHERS += ["sort", "nn.functional.embedding", "nn.functional.layer_norm", "softmax"]
 SAMPLE = MATMULS + OTHERS
+SIZES_FROM_DATA = {"item", "nonzero", "masked_select", "unique"}
+"""Of these Dynamo makes no graph."""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -19,4 +21,4 @@ def test_operators_come_out_as_with_inductor() -> None:
     torch.compiler.reset()
     assert sorted(outcomes) == sorted(SAMPLE)
     assert {name: pair for name, pair in outcomes.items() if pair[0] != pair[1]} == {}
-    assert sum(pair == ("ok", "ok") for pair in outcomes.values()) >= len(SAMPLE) - 2
+    assert {name for name, pair in outcomes.items() if pair != ("ok", "ok")} == SIZES_FROM_DATA

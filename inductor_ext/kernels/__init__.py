@@ -15,7 +15,8 @@ from inductor_ext.formats import PackedInt4
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked to compute, as plain data: a kernel is chosen from this alone, so any device can be simulated."""
+    """What a kernel is asked to compute, as plain data: a kernel is chosen from this alone, so any device can be
+    simulated."""
 
     op: str
     """"linear"."""
@@ -39,7 +40,9 @@ class Problem:
         extras = [f"{self.zeros} zeros"] if self.zeros != "none" else ["symmetric"]
         extras += ["act-order"] if self.order else []
         extras += ["bias"] if self.bias else []
-        return f"N={self.N} K={self.K} G={self.group_size} {str(self.dtype).removeprefix('torch.')}, {', '.join(extras)}"
+        return (
+            f"N={self.N} K={self.K} G={self.group_size} {str(self.dtype).removeprefix('torch.')}, {', '.join(extras)}"
+        )
 
 
 class Packed(NamedTuple):

@@ -1,4 +1,5 @@
-"""The reference kernel: dequantise a block of rows in float32, multiply. Runs everywhere, reads the canonical layout, is last in every list."""
+"""The reference kernel: dequantise a block of rows in float32, multiply. Runs everywhere, reads the canonical layout,
+is last in every list."""
 
 from __future__ import annotations
 
@@ -32,5 +33,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tens
     out = torch.empty(x.shape[0], weight.N, dtype=x.dtype, device=x.device)
     wide = x.float()
     for rows, block in weight.blocks():  # the dequantised weight never exists as a whole
-        out[:, rows] = torch.nn.functional.linear(wide, block.dequantize(), None if bias is None else bias[rows].float())
+        out[:, rows] = torch.nn.functional.linear(
+            wide, block.dequantize(), None if bias is None else bias[rows].float()
+        )
     return out

@@ -1,4 +1,5 @@
-"""``torch.ops.w4a16.linear``: y = x @ W^T + bias with an int4 weight in a kernel's layout, and its gradient with respect to x."""
+"""``torch.ops.w4a16.linear``: y = x @ W^T + bias with an int4 weight in a kernel's layout, and its gradient with
+respect to x."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from inductor_ext.kernels import Packed
 
 LIB = torch.library.Library("w4a16", "FRAGMENT")
 
-# -- schema ------------------------------------------------------------------------------------------------------------------------------
-# x [..., K] float16 | bfloat16 | float32; qweight, scales, zeros, order: the layout of `kernel` (for "cpu" and "reference" the canonical
-# form, see formats.PackedInt4); bias [N]; out_features = N. Returns [..., N] in x's dtype, accumulated in float32, rounded once.
+# -- schema ------------------------------------------------------------------------------------------------------------
+# x [..., K] float16 | bfloat16 | float32; qweight, scales, zeros, order: the layout of `kernel` (for "cpu" and
+# "reference" the canonical form, see formats.PackedInt4); bias [N]; out_features = N. Returns [..., N] in x's dtype,
+# accumulated in float32, rounded once.
 LIB.define(
     "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, "
     'int out_features, int group_size, str kernel="reference") -> Tensor',
@@ -32,46 +34,57 @@ LIB.define(
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> None:
-    """The op's door: every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed."""
+def _require(ok: Any, message: Callable[[], str]) -> None:
+    if ok is not True:  # a plain True costs nothing; False raises and a SymBool becomes a guard
+        torch._check(ok, lambda: f"w4a16::linear: {message()}")
 
-    def require(ok: Any, message: Callable[[], str]) -> None:
-        if ok is not True:  # a plain True costs nothing; False raises and a SymBool becomes a guard
-            torch._check(ok, lambda: f"w4a16::linear: {message()}")
 
+def _check(name: str, x: Tensor, features: int, packed: Packed, N: int, K: int, group_size: int) -> None:
+    """The ops' door: every argument against every other. ``features`` is what x [..., features] must have.
+
+    Raises RuntimeError naming the argument, what it was and what is allowed.
+    """
+    _require(x.dtype in _DTYPES, lambda: f"{name} must be float16, bfloat16 or float32, it is {x.dtype}.")
+    _require(x.dim() >= 1, lambda: f"{name} must have at least one dimension, it is a scalar.")
+    _require(x.shape[-1] == features, lambda: f"{name} must be [..., {features}], it is {_of(x)}.")
     qweight, scales, zeros, order = packed
-    require(x.dtype in _DTYPES, lambda: f"x must be float16, bfloat16 or float32, it is {x.dtype}.")
-    require(x.dim() >= 1, lambda: "x must have at least one dimension, it is a scalar.")
-    require(group_size > 0, lambda: f"group_size must be positive, it is {group_size}.")
-    require(qweight.dtype == torch.int32, lambda: f"qweight must be int32, it is {qweight.dtype}.")
-    require(scales.dtype in _DTYPES, lambda: f"scales must be float16, bfloat16 or float32, they are {scales.dtype}.")
-    K = x.shape[-1]
-    require(qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(qweight)}.")
-    require(8 * qweight.shape[1] == K, lambda: f"x has K={K}, qweight {_of(qweight)} has K={8 * qweight.shape[1]}.")
-    require(qweight.shape[0] == N, lambda: f"qweight {_of(qweight)} has {qweight.shape[0]} rows, out_features is {N}.")
-    require(K % group_size == 0, lambda: f"group_size {group_size} does not divide K={K}.")
-    groups = (N, K // group_size)
-    require(scales.dim() == 2 and tuple(scales.shape) == groups, lambda: f"scales must be {list(groups)}, they are {_of(scales)}.")
+    _tensor("qweight", qweight, (N, K // 8), (torch.int32,), x.device)
+    _require(K % 8 == 0, lambda: f"K must be a multiple of 8, it is {K}.")
+    _require(group_size > 0 and K % group_size == 0, lambda: f"group_size {group_size} does not divide K={K}.")
+    _tensor("scales", scales, (N, K // group_size), _DTYPES, x.device)
     if zeros is not None:
-        require(zeros.dtype in (torch.uint8, *_DTYPES), lambda: f"zeros must be uint8 or floating point, they are {zeros.dtype}.")
-        require(zeros.dim() == 2 and tuple(zeros.shape) == groups, lambda: f"zeros must be {list(groups)}, they are {_of(zeros)}.")
+        _tensor("zeros", zeros, (N, K // group_size), (torch.uint8, *_DTYPES), x.device)
     if order is not None:
-        require(order.dtype == torch.int32, lambda: f"order must be int32, it is {order.dtype}.")
-        require(order.dim() == 1 and order.shape[0] == K, lambda: f"order must be [{K}], it is {_of(order)}.")
+        _tensor("order", order, (K,), (torch.int32,), x.device)
+
+
+def _tensor(
+    name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    _require(t.dtype in dtypes, lambda: f"{name} must be {allowed}, it is {t.dtype}.")
+    _require(tuple(t.shape) == shape, lambda: f"{name} must be {list(shape)}, it is {_of(t)}.")
+    _require(t.device == device, lambda: f"{name} is on {t.device}, the activations are on {device}.")
+    _require(t.is_contiguous(), lambda: f"{name} must be contiguous, it has strides {list(t.stride())}.")
+
+
+def _check_linear(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> None:
+    K = 8 * packed.qweight.shape[-1]
+    _check("x", x, K, packed, N, K, group_size)
     if bias is not None:
-        require(bias.dim() == 1 and bias.shape[0] == N, lambda: f"bias must be [{N}], it is {_of(bias)}.")
-        require(bias.dtype == x.dtype, lambda: f"bias must have x's dtype {x.dtype}, it is {bias.dtype}.")
-    for name, t in zip(("qweight", "scales", "zeros", "order", "bias"), (*packed, bias), strict=True):
-        if t is not None:
-            require(t.device == x.device, lambda name=name, t=t: f"{name} is on {t.device}, x is on {x.device}.")
-            require(t.is_contiguous(), lambda name=name, t=t: f"{name} must be contiguous, it has strides {list(t.stride())}.")
+        _tensor("bias", bias, (N,), (x.dtype,), x.device)
+
+
+def _check_grad(grad: Tensor, packed: Packed, K: int, group_size: int) -> None:
+    N = packed.qweight.shape[0]
+    _check("grad", grad, N, packed, N, K, group_size)
 
 
 def _of(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
-# -- fake --------------------------------------------------------------------------------------------------------------------------------
+# -- fake --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("w4a16::linear", lib=LIB)
@@ -86,7 +99,7 @@ def _(
     group_size: int,
     kernel: str = "reference",
 ) -> Tensor:
-    check(x, Packed(qweight, scales, zeros, order), bias, out_features, group_size)
+    _check_linear(x, Packed(qweight, scales, zeros, order), bias, out_features, group_size)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -101,10 +114,11 @@ def _(
     group_size: int,
     kernel: str = "reference",
 ) -> Tensor:
+    _check_grad(grad, Packed(qweight, scales, zeros, order), in_features, group_size)
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
-# -- implementation ----------------------------------------------------------------------------------------------------------------------
+# -- implementation ----------------------------------------------------------------------------------------------------
 
 
 def _linear(
@@ -119,7 +133,7 @@ def _linear(
     kernel: str = "reference",
 ) -> Tensor:
     packed = Packed(qweight, scales, zeros, order)
-    check(x, packed, bias, out_features, group_size)
+    _check_linear(x, packed, bias, out_features, group_size)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = kernels.load(kernel).run(rows, packed, bias, group_size)
     return out.view(*x.shape[:-1], out_features)
@@ -135,7 +149,9 @@ def _linear_grad_x(
     group_size: int,
     kernel: str = "reference",
 ) -> Tensor:
-    weight: PackedInt4 = kernels.load(kernel).unpack(Packed(qweight, scales, zeros, order))
+    packed = Packed(qweight, scales, zeros, order)
+    _check_grad(grad, packed, in_features, group_size)
+    weight: PackedInt4 = kernels.load(kernel).unpack(packed)
     rows = grad.reshape(-1, grad.shape[-1]).float()
     out = torch.zeros(rows.shape[0], in_features, dtype=torch.float32, device=grad.device)
     for some, block in weight.blocks():
@@ -146,7 +162,7 @@ def _linear_grad_x(
 LIB.impl("linear", _linear, "CompositeExplicitAutograd")
 LIB.impl("linear_grad_x", _linear_grad_x, "CompositeExplicitAutograd")
 
-# -- autograd ----------------------------------------------------------------------------------------------------------------------------
+# -- autograd ----------------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,167 @@
+"""The report of `inductor_ext.explain`, and the log: what was rewritten by which proof, what was left alone and why."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import GPTQ, Calls, CompressedTensors, Int8, chain, rel_l2
+from torch import Tensor, nn
+
+import inductor_ext
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def x_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def two_layers(**kwargs: Any) -> Any:
+    return chain(CompressedTensors(96, 64, seed=1, **kwargs), GPTQ(32, 96, seed=2, **kwargs).act_order_())
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"gate": CompressedTensors(64, 64, seed=1), "up": GPTQ(64, 64, seed=2, bias=True)})
+        self._norm = nn.LayerNorm(64)
+        self.odd = Int8(64, 64)
+        self.odd.values.mul_(9)
+        self.head = nn.Linear(64, 64)
+
+    def forward(this, x: Tensor) -> Tensor:
+        x = this._norm(x)
+        return this.head(this.odd(this.mlp["gate"](x) * this.mlp["up"](x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(this, x: Tensor) -> Tensor:
+        for layer in this.layers:
+            x = layer(x)
+        return x
+
+
+def test_the_report_tells_what_and_why() -> None:
+    report = inductor_ext.explain(Net(), x_of(2, 3, 64))
+    assert report.graphs == 1
+    gate, up, *_ = report.rewritten
+    assert gate.op == "w4a16::linear"
+    assert gate.kernel in ("cpu", "reference")
+    assert gate.problem == "N=64 K=64 G=32 float32, symmetric"
+    assert up.problem == "N=64 K=64 G=32 float32, int zeros"
+    assert gate.proof.startswith("bit-equal, (q - z) * s in float32")
+    assert "4096 elements" in gate.proof
+    assert {alone.reason for alone in report.left_alone} == {
+        "Its stored integers go from -72 to 63, which is beyond 4 bits."
+    }
+    table = str(report)
+    assert table.startswith("4 of 6 int4 matmuls rewritten, in 1 graph\n")
+    for entry in (*report.rewritten, *report.left_alone):
+        assert entry.where in table
+    assert gate.proof in table
+    assert report.left_alone[0].reason in table
+
+
+def test_the_report_names_modules() -> None:
+    net = Net()
+    paths = [f"layers.{i}.{name}" for i in (0, 1) for name in ("mlp.gate", "mlp.up")]
+    for model in (net, net.forward, torch.compile(net, backend="w4a16")):
+        report = inductor_ext.explain(model, x_of(3, 64))
+        assert [entry.where for entry in report.rewritten] == paths
+        assert [alone.where for alone in report.left_alone] == ["layers.0.odd", "layers.1.odd"]
+    function = inductor_ext.explain(lambda x: net(x), x_of(3, 64))
+    for entry, path in zip(function.rewritten, paths, strict=True):
+        assert entry.where.endswith(path)
+        assert "'" not in entry.where
+
+
+def test_explain_of_a_module_compiled_in_place() -> None:
+    model = CompressedTensors(64, 64)
+    model.compile(backend="w4a16")
+    with torch.no_grad():
+        model(x_of(3, 64))
+    assert len(inductor_ext.explain(model, x_of(3, 64)).rewritten) == 1
+
+
+def test_explain_does_not_use_up_recompilations(calls: Calls) -> None:
+    """Dynamo gives up on a function after 8 compilations."""
+
+    class Broken(CompressedTensors):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            torch._dynamo.graph_break()
+            return super().forward(y)
+
+    model = nn.Sequential(Broken(64, 64))
+    for _ in range(10):
+        assert len(inductor_ext.explain(model, x_of(3, 64)).rewritten) == 2
+    before = calls.runs
+    with torch.no_grad():
+        torch.compile(model, backend="w4a16")(x_of(3, 64))
+    assert calls.runs == before + 2
+
+
+def test_explain_leaves_compiled_models_right(calls: Calls) -> None:
+    model = two_layers()
+    compiled = torch.compile(model, backend="w4a16")
+    with torch.no_grad():
+        compiled(x_of(3, 64))
+        inductor_ext.explain(compiled, x_of(3, 64))
+        before = calls.runs
+        assert rel_l2(compiled(x_of(3, 64)), model.expected(x_of(3, 64))) <= 2e-6
+    assert calls.runs == before + 2
+
+
+def test_a_checkpointed_layer_is_reported() -> None:
+    layer = CompressedTensors(64, 64)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    x = x_of(3, 64).requires_grad_()
+    report = inductor_ext.explain(checkpointed, x)
+    assert len(report.rewritten) + len(report.left_alone) == 1
+    y = torch.compile(checkpointed, backend="w4a16")(x)
+    assert rel_l2(y, layer.expected(x)) <= 2e-6
+    y.sum().backward()
+    assert rel_l2(x.grad, torch.ones(3, 64).double() @ layer.dense()) <= 2e-6
+
+
+def test_the_log_tells_what_happened(caplog: pytest.LogCaptureFixture) -> None:
+    odd = Int8(64, 64, seed=3)
+    odd.values.mul_(9)
+    model = nn.Sequential(CompressedTensors(64, 64), odd)
+    with torch.no_grad(), caplog.at_level(logging.INFO, "inductor_ext"):
+        torch.compile(model, backend="w4a16")(x_of(3, 64))
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("INFO", "1 of 2 int4 matmuls rewritten") in told
+    warned = [message for level, message in told if level == "WARNING"]
+    assert warned == ["1 is left alone: Its stored integers go from -72 to 63, which is beyond 4 bits."]
+
+
+def test_nothing_is_printed_or_warned_by_default(capfd: pytest.CaptureFixture[str]) -> None:
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(two_layers(), backend="w4a16")(x_of(3, 64))
+    assert [str(w.message) for w in caught if "inductor_ext" in str(w.filename)] == []
+    assert capfd.readouterr().out == ""
