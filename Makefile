@@ -18,7 +18,8 @@ demo: .venv/demo
 	$(BIN)/python bench/demo.py
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: .venv/test
 	$(BIN)/ruff check .

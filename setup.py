@@ -60,7 +60,7 @@ class BuildKernel(build_ext):
             raise SystemExit(
                 f"inductor-ext: the C++ CPU kernel did not build ({error}). It needs a C++17 compiler: on Debian and"
                 f" Ubuntu, `apt install g++`. To install without this kernel, set {OPT_OUT}=0; CPU models then run"
-                " through PyTorch's own int4 kernel or the slow reference."
+                " through the slow reference."
             ) from error
 
 

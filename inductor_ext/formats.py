@@ -50,9 +50,12 @@ class PackedInt4:
     def group_size(self) -> int:
         return self.K // self.scales.shape[1]
 
-    def blocks(self, elements: int = 1 << 18) -> Iterator[tuple[slice, PackedInt4]]:
-        """The weight cut by rows, as views; about so many elements each, by default what stays in a cache while it is
-        worked on."""
+    def blocks(self, elements: int = 1 << 22) -> Iterator[tuple[slice, PackedInt4]]:
+        """The weight cut by rows, as views; about so many elements each.
+
+        By default large enough that the threads of an operation seldom have to wait for each other (on a busy machine each
+        wait costs milliseconds), small enough that temporaries stay at a few MB.
+        """
         step = max(1, elements // self.K)
         for start in range(0, self.N, step):
             rows = slice(start, start + step)
@@ -109,7 +112,8 @@ class BitOrder:
         pairs = words.contiguous().view(-1).view(torch.uint8)
         nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).view(-1, p)
         if self.order != tuple(range(p)):
-            nibbles = nibbles[:, _inverse(self.order)]
+            # Not an index by a list, which would be a tensor on the CPU in a graph for another device.
+            nibbles = torch.stack([nibbles[:, i] for i in _inverse(self.order)], dim=-1)
         if dim == 1:
             block = self._block(cols)
             return nibbles.view(rows, cols // block, block // p, p).transpose(2, 3).reshape(rows, cols)
@@ -137,7 +141,7 @@ class BitOrder:
             nibbles = codes.reshape(rows // block, p, block // p, cols).permute(0, 2, 3, 1)
         nibbles = nibbles.reshape(-1, p)
         if self.order != tuple(range(p)):
-            nibbles = nibbles[:, list(self.order)]
+            nibbles = torch.stack([nibbles[:, i] for i in self.order], dim=-1)
         pairs = nibbles.reshape(-1, 2)
         words = (pairs[:, 0] | (pairs[:, 1] << 4)).view(dtype)
         return words.view(rows, -1) if dim == 1 else words.view(-1, cols)

@@ -13,11 +13,14 @@ from torch import Tensor, fx
 
 from inductor_ext import backend, rewrite
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(autouse=True)
 def nothing_known_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No graph compiled, no structure recognised; and the rewritten graph is not compiled by Inductor."""
     torch.compiler.reset()
+    torch.set_num_threads(2)
     monkeypatch.setattr(rewrite, "_VERDICTS", {})
 
     def as_it_is(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Any:
@@ -26,6 +29,7 @@ def nothing_known_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend, "compile_fx", as_it_is)
     with torch.no_grad():
         yield
+    torch.set_num_threads(1)
     torch.compiler.reset()
 
 

@@ -69,13 +69,15 @@ def _tensor(
 
 
 def _check_linear(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> None:
-    K = 8 * packed.qweight.shape[-1]
+    _require(packed.qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(packed.qweight)}.")
+    K = 8 * packed.qweight.shape[1]
     _check("x", x, K, packed, N, K, group_size)
     if bias is not None:
         _tensor("bias", bias, (N,), (x.dtype,), x.device)
 
 
 def _check_grad(grad: Tensor, packed: Packed, K: int, group_size: int) -> None:
+    _require(packed.qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(packed.qweight)}.")
     N = packed.qweight.shape[0]
     _check("grad", grad, N, packed, N, K, group_size)
 
