@@ -133,7 +133,7 @@ class BitOrder:
             )
         if not self.fits(codes.shape[dim]):
             raise ValueError(f"Bit order {self.name!r} cannot pack a [{rows}, {cols}] matrix along dimension {dim}.")
-        codes = codes.to(torch.uint8)
+        codes = codes.to(torch.uint8).contiguous()  # transposed at once: a strided reshape is four times slower
         block = self._block(codes.shape[dim])
         if dim == 1:
             nibbles = codes.reshape(rows, cols // block, p, block // p).transpose(2, 3)
