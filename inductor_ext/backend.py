@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from inductor_ext import passes, prove, subclasses, weights
 from inductor_ext.capture import DynamoSite, Slot, clone
+from inductor_ext.examine import Proved, Strict, examine
 from inductor_ext.options import Options, inductor_config, split
 from inductor_ext.report import Report
-from inductor_ext.rewrite import Proved, Strict, examine, rewrite
+from inductor_ext.rewrite import rewrite
 
 log = logging.getLogger("inductor_ext.backend")
 Compiled = Callable[..., Any]

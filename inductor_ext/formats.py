@@ -53,8 +53,8 @@ class PackedInt4:
     def blocks(self, elements: int = 1 << 22) -> Iterator[tuple[slice, PackedInt4]]:
         """The weight cut by rows, as views; about so many elements each.
 
-        By default large enough that the threads of an operation seldom have to wait for each other (on a busy machine each
-        wait costs milliseconds), small enough that temporaries stay at a few MB.
+        By default large enough that the threads of an operation seldom have to wait for each other (on a busy machine
+        each wait costs milliseconds), small enough that temporaries stay at a few MB.
         """
         step = max(1, elements // self.K)
         for start in range(0, self.N, step):

@@ -13,11 +13,12 @@ from torch._C._dynamo.eval_frame import reset_code
 
 from inductor_ext import kernels
 from inductor_ext.capture import DynamoSite
+from inductor_ext.examine import Proved
 from inductor_ext.kernels import Packed
 from inductor_ext.ops import linear
 from inductor_ext.options import Options
 from inductor_ext.report import Report
-from inductor_ext.rewrite import Proved, rewrite
+from inductor_ext.rewrite import rewrite
 
 log = logging.getLogger("inductor_ext.prepack")
 

@@ -185,6 +185,11 @@ def is_write(node: fx.Node) -> bool:
     return bool(_written(node))
 
 
+def is_assertion(node: fx.Node) -> bool:
+    """Whether a node only states a tensor's dtype and device, as export has it after casts. It goes with the tensor."""
+    return name(node) == "_assert_tensor_metadata"
+
+
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node writes into."""
     if node.op not in ("call_function", "call_method"):

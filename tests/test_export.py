@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from inductor_ext.examine import Strict
 from inductor_ext.formats import SEQUENTIAL
 from inductor_ext.ops import linear
 from inductor_ext.options import Options
 from inductor_ext.passes import W4A16Pass
-from inductor_ext.rewrite import Strict
 
 MODES = ("real", "fake", "symbolic")
 ROWS = ({0: torch.export.Dim("M", min=1, max=4096)},)
