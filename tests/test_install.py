@@ -145,8 +145,8 @@ def test_every_public_name_leads_somewhere() -> None:
 
 
 def test_a_misspelt_name_is_answered_with_the_right_ones() -> None:
-    misspelt = "prepack"
-    with pytest.raises(AttributeError, match=r"no attribute 'prepack'; it has .*prepack_"):
+    misspelt = "prepacked_"
+    with pytest.raises(AttributeError, match=r"no attribute 'prepacked_'; it has .*prepack_"):
         getattr(inductor_ext, misspelt)
 
 
