@@ -63,11 +63,17 @@ class Feed:
     recipe: weights.Recipe
     kernel: str
     kind: weights.Kind
+    frozen: tuple[bool, ...]
+    """Which stored tensors required no gradient then."""
 
     def tensors(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """The packed tensors. Raises prove.NotProved if the stored ones are new or changed, and not what the graph was
         compiled for."""
         sources = [slot.find(args) for slot in self.slots]
+        if torch.is_grad_enabled() and any(t.requires_grad and f for t, f in zip(sources, self.frozen, strict=True)):
+            raise prove.NotProved(
+                "a stored tensor of it requires a gradient, as it did not when the graph was compiled"
+            )
         entry = weights.entry(self.recipe, sources)
         if entry.kind != self.kind:
             raise prove.NotProved(f"it is of kind {entry.kind}, and the graph was compiled for {self.kind}")
@@ -80,7 +86,7 @@ def _feed(site: DynamoSite, p: Proved) -> Feed:
         slots = tuple(dataclasses.replace(whole, parts=path) for path in p.parts)
     else:
         slots = tuple(site.slot(leaf) for leaf in p.cone.leaves)
-    return Feed(slots, p.recipe, p.kernel, p.entry.kind)
+    return Feed(slots, p.recipe, p.kernel, p.entry.kind, tuple(not t.requires_grad for t in p.sources))
 
 
 def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:
