@@ -114,13 +114,12 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
     """
     inside: set[fx.Node] = set()
     at_leaves: set[fx.Node] = set()
-    position = {node: i for i, node in enumerate(anchor.node.graph.nodes)}
     todo = [anchor.weight]
     while todo:
         node = todo.pop()
         if node in inside or node in at_leaves:
             continue
-        writes = [write for write in _writes(node) if position[write] < position[anchor.node]]
+        writes = [write for write in _writes(node) if write < anchor.node]  # nodes compare by their place in the graph
         if node.op in ("placeholder", "get_attr"):
             if (reason := why_not_leaf(node)) is not None:
                 raise NotACone(reason)
@@ -134,8 +133,8 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
         if len(inside) > _LIMIT:
             raise NotACone(f"its computation has more than {_LIMIT} operations")
         todo += [*node.all_input_nodes, *writes]
-    nodes = tuple(sorted(inside, key=position.__getitem__))
-    ends = sorted(at_leaves, key=position.__getitem__)
+    nodes = tuple(sorted(inside))
+    ends = sorted(at_leaves)
     # An attribute may be fetched more than once. It is one stored tensor.
     first = {leaf.target: leaf for leaf in reversed(ends) if leaf.op == "get_attr"}
     leaves = tuple(leaf for leaf in ends if first.get(leaf.target, leaf) is leaf)

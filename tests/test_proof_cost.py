@@ -1,4 +1,7 @@
-"""What recognising, proving and converting cost at compile time, apart from Dynamo's capture and Inductor."""
+"""What recognising, proving and converting cost at compile time, apart from Dynamo's capture and Inductor.
+
+On one thread (conftest.py), which is the same on an idle machine and on a busy one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ pytestmark = pytest.mark.alone
 def nothing_known_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No graph compiled, no structure recognised; and the rewritten graph is not compiled by Inductor."""
     torch.compiler.reset()
-    torch.set_num_threads(2)
     monkeypatch.setattr(examine, "_VERDICTS", {})
 
     def as_it_is(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Any:
