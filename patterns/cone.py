@@ -123,7 +123,7 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
         if node.op in ("placeholder", "get_attr"):
             if (reason := why_not_leaf(node)) is not None:
                 raise NotACone(reason)
-            if writes:
+            if any(_writes(node)):  # also afterwards: what is fed to the op shares the stored tensor's memory
                 raise NotACone(f"the stored tensor {node.name} is written to in the graph")
             at_leaves.add(node)
             continue

@@ -175,6 +175,19 @@ def _(d: Draw) -> Made:
     return Layer(d, dequant, **packed(d)), d.dense()
 
 
+@negative("packed weight written after its use: inverted, then back", WRITTEN)
+def _(d: Draw) -> Made:
+    """What the op reads must not be what a later operation leaves behind, in whatever order a compiler puts them."""
+
+    def matmul(m: Any, x: Tensor, w: Tensor) -> Tensor:
+        y = linear(m, x, w)
+        m.packed.bitwise_xor_(255)
+        m.packed.bitwise_xor_(255)
+        return y
+
+    return Layer(d, weight, matmul=matmul, **packed(d)), d.dense()
+
+
 @negative("packed weight copied into in the graph", WRITTEN)
 def _(d: Draw) -> Made:
     def dequant(m: Any) -> Tensor:
