@@ -181,3 +181,13 @@ class Calls:
             return pack(canonical)
 
         return watched
+
+
+def x_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same activations every time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def two_layers(**kwargs: Any) -> Any:
+    """A layer that is read as it is and one that is converted, [*, 64] -> [*, 32]."""
+    return chain(CompressedTensors(96, 64, seed=1, **kwargs), GPTQ(32, 96, seed=2, **kwargs).act_order_())

@@ -12,17 +12,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import GPTQ, OWED, SPELLINGS, Calls, CompressedTensors, Int8, Packed, chain, recompiles, rel_l2
+from models import (
+    GPTQ,
+    OWED,
+    SPELLINGS,
+    Calls,
+    CompressedTensors,
+    Int8,
+    Packed,
+    chain,
+    recompiles,
+    rel_l2,
+    two_layers,
+    x_of,
+)
 from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import inductor_ext
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +39,6 @@ def nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
-
-
-def x_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
-
-
-def two_layers(**kwargs: Any) -> Any:
-    return chain(CompressedTensors(96, 64, seed=1, **kwargs), GPTQ(32, 96, seed=2, **kwargs).act_order_())
 
 
 # -- getting there -----------------------------------------------------------------------------------------------------

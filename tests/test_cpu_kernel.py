@@ -235,3 +235,13 @@ def test_what_is_rejected() -> None:
     assert "float64" in reason(dtype=torch.float64)
     assert "scales" in reason(scale_dtype=torch.float64)
     assert "12" in reason(group_size=12)
+
+
+def test_an_order_that_is_no_permutation_is_still_defined() -> None:
+    """Two logical columns may share a stored one, and another may be unused: as PackedInt4 says."""
+    codes = torch.randint(-(2**31), 2**31 - 1, (16, 8), dtype=torch.int32)
+    scales, x = torch.rand(16, 2), torch.randn(5, 64)
+    for order in (torch.zeros(64, dtype=torch.int32), torch.randint(64, (64,), dtype=torch.int32)):
+        expected = x.double() @ PackedInt4(codes, scales, None, order).dequantize(torch.float64).T
+        y = cpu.run(x, Packed(codes, scales, None, order), None, 32)
+        assert (y - expected).norm() <= 2e-6 * expected.norm()

@@ -25,11 +25,6 @@ MODES = ("real", "fake", "symbolic")
 ROWS = ({0: torch.export.Dim("M", min=1, max=4096)},)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
-
-
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()

@@ -5,19 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from models import GPTQ, Calls, CompressedTensors, Int8, chain, rel_l2
+from models import GPTQ, Calls, CompressedTensors, Int8, rel_l2, two_layers, x_of
 from torch import Tensor, nn
 
 import inductor_ext
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +20,6 @@ def nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch.compiler.reset()
-
-
-def x_of(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
-
-
-def two_layers(**kwargs: Any) -> Any:
-    return chain(CompressedTensors(96, 64, seed=1, **kwargs), GPTQ(32, 96, seed=2, **kwargs).act_order_())
 
 
 class Block(nn.Module):

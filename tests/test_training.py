@@ -18,11 +18,6 @@ from inductor_ext.ops import linear
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1.2e-3}
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
-
-
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()

@@ -20,11 +20,6 @@ import inductor_ext
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    return Calls(monkeypatch)
-
-
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:
     torch.compiler.reset()

@@ -59,6 +59,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tens
     if (reason := usable()) is not None:
         raise RuntimeError(reason)
     if packed.order is not None:
-        x = torch.empty_like(x).index_copy_(1, packed.order.long(), x)
+        # Added, not copied: an order that is no permutation then means what PackedInt4 says, with no column unset.
+        x = torch.zeros_like(x).scatter_add_(1, packed.order.long().expand_as(x), x)
     y: Tensor = torch.ops.w4a16_cpu.linear(x, packed.qweight, packed.scales, packed.zeros, bias, group_size)
     return y
