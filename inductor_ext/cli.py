@@ -96,8 +96,11 @@ def _prepare_run(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     if args.max_new_tokens < 1:
         raise Unfit(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1.")
-    if args.kernel is not None and args.kernel not in kernels.KERNELS:
-        raise Unfit(f"There is no kernel {args.kernel!r}; the kernels are {', '.join(sorted(kernels.KERNELS))}.")
+    if args.kernel is not None:
+        try:
+            kernels.check_name(args.kernel)
+        except ValueError as error:
+            raise Unfit(error) from None
     folder = _folder(args)
     from transformers import AutoTokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch._dynamo import list_backends
 
-from inductor_ext.kernels import KERNELS, load
+from inductor_ext.kernels import KERNELS, why_unusable
 
 BACKEND = "w4a16"
 PACKAGES = ("inductor-ext", "torch", "triton", "transformers", "safetensors", "compressed-tensors")
@@ -115,16 +115,13 @@ def _accelerators() -> list[Fact]:
 
 
 def _kernels() -> list[Fact]:
-    return [_kernel(name) for name in KERNELS]
+    return [_kernel(op, name) for op, names in KERNELS.items() for name in names]
 
 
-def _kernel(name: str) -> Fact:
-    try:
-        why = load(name).usable()
-    except Exception as error:  # one kernel that does not load must not hide the others
-        why = f"does not load: {type(error).__name__}: {error}"
+def _kernel(op: str, name: str) -> Fact:
+    why = why_unusable(op, name)
     # Every problem falls back to the reference kernel, so it alone must work everywhere.
-    return Fact(name, "usable" if why is None else why, wrong=name == "reference" and why is not None)
+    return Fact(f"{op}: {name}", "usable" if why is None else why, wrong=name == "reference" and why is not None)
 
 
 def _backend() -> list[Fact]:

@@ -37,7 +37,7 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
         if not isinstance(value, allowed):
             raise TypeError(f"Option {PREFIX + name!r} is {value!r}; a {allowed[0].__name__} is needed.")
     if own.get("kernel") is not None:
-        kernels.load(own["kernel"])
+        kernels.check_name(own["kernel"])
     return Options(**own), rest
 
 

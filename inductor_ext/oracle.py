@@ -8,13 +8,14 @@ import platform
 import torch
 
 from inductor_ext import kernels
-from inductor_ext.kernels import Problem
+from inductor_ext.kernels import MoeProblem, Problem
 
-PRIORITY: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
+PRIORITY: dict[str, dict[str, tuple[str, ...]]] = {
+    "linear": {"cpu": ("cpu", "reference")},
+    "moe": {"cpu": ("cpu", "reference")},
 }
-"""Kernels by device type, the one to try first first. A device without a list has the reference kernel, which runs
-everywhere."""
+"""Kernels by op and device type, the one to try first first. A device without a list has the reference kernel, which
+runs everywhere."""
 
 
 class NoKernel(Exception):
@@ -28,21 +29,34 @@ class Choice:
     """Kernel -> why it was not chosen, for those with a higher priority."""
 
 
-def choose(problem: Problem, forced: str | None = None) -> Choice:
-    """The first kernel of the device's list that does not reject the problem; or the forced one, if it does not.
+def choose(problem: Problem | MoeProblem, forced: str | None = None) -> Choice:
+    """The first kernel of the op's list for the device that does not reject the problem; or the forced one, if it does
+    not.
 
-    Raises NoKernel with every reason. A forced kernel is never replaced by another.
+    Raises NoKernel with every reason, and ValueError for a forced name that no kernel has. A forced kernel is never
+    replaced by another.
     """
-    candidates = (forced,) if forced is not None else PRIORITY.get(problem.device, ("reference",))
+    if forced is not None:
+        kernels.check_name(forced)
+    candidates = (forced,) if forced is not None else PRIORITY[problem.op].get(problem.device, ("reference",))
     reasons: dict[str, str] = {}
     for name in candidates:
-        kernel = kernels.load(name)
-        reason = kernel.usable() or kernel.reject(problem)
+        reason = _why_not(problem, name)
         if reason is None:
             return Choice(name, reasons)
         reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NoKernel(f"No kernel computes {problem.op} {problem} on {problem.device}: {told}")
+
+
+def _why_not(problem: Problem | MoeProblem, name: str) -> str | None:
+    known = kernels.KERNELS[problem.op]
+    if name not in known:
+        return f"There is no such kernel for {problem.op}; its kernels are {', '.join(sorted(known))}."
+    if (reason := kernels.why_unusable(problem.op, name)) is not None:
+        return reason
+    rejected: str | None = kernels.load_for(problem.op, name).reject(problem)
+    return rejected
 
 
 def arch(device: torch.device) -> str:

@@ -143,7 +143,7 @@ def recompiles() -> int:
 
 
 class Calls:
-    """Of packed kernels, during a test. A right answer is not enough: it must come from the fused op."""
+    """Of packed kernels of any op, during a test. A right answer is not enough: it must come from the fused op."""
 
     def __init__(self, patch: Any) -> None:
         """``patch``: pytest's monkeypatch."""
@@ -156,29 +156,33 @@ class Calls:
         """Of the packed tensors of the last run."""
         self.packed: list[weakref.ref[Tensor]] = []
         """Every packed tensor that a kernel was run with."""
-        for name in kernels.KERNELS:
-            kernel = kernels.load(name)
-            patch.setattr(kernel, "run", self._run(name, kernel.run))
-            patch.setattr(kernel, "pack", self._pack(kernel.pack))
+        for op, names in kernels.KERNELS.items():
+            for name in names:
+                if kernels.why_unusable(op, name) is None:
+                    kernel = kernels.load_for(op, name)
+                    patch.setattr(kernel, "run", self._run(name, kernel.run))
+                    patch.setattr(kernel, "pack", self._pack(kernel.pack))
 
     @property
     def runs(self) -> int:
         return len(self.ran)
 
     def _run(self, name: str, run: Any) -> Any:
-        def watched(x: Tensor, packed: Any, *args: Any) -> Any:
-            tensors = [t for t in packed if t is not None]
+        from inductor_ext.kernels import Packed
+
+        def watched(*args: Any) -> Any:
+            tensors = [t for packed in args if isinstance(packed, Packed) for t in packed if t is not None]
             self.ran.append(name)
             self.addresses = [t.data_ptr() for t in tensors]
             self.packed += [weakref.ref(t) for t in tensors]
-            return run(x, packed, *args)
+            return run(*args)
 
         return watched
 
     def _pack(self, pack: Any) -> Any:
-        def watched(canonical: Any) -> Any:
+        def watched(*args: Any) -> Any:
             self.packs += 1
-            return pack(canonical)
+            return pack(*args)
 
         return watched
 

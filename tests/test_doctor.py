@@ -34,10 +34,10 @@ def test_a_healthy_install_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     said = lines(capsys.readouterr().out)
     assert said["torch"] == torch.__version__
-    assert said["reference"] == "usable"
+    assert said["linear: reference"] == said["moe: reference"] == "usable"
     assert "backend='w4a16'" in said["w4a16"]
     assert said["entry point"].startswith("inductor_ext.backend:w4a16 from ")
-    assert set(kernels.KERNELS) <= set(said)
+    assert {f"{op}: {name}" for op, names in kernels.KERNELS.items() for name in names} <= set(said)
 
 
 def test_values_stand_in_one_column(capsys: pytest.CaptureFixture[str], no_backend: None) -> None:
@@ -48,24 +48,25 @@ def test_values_stand_in_one_column(capsys: pytest.CaptureFixture[str], no_backe
 
 
 def test_a_kernel_that_cannot_run_gives_its_reason(monkeypatch: pytest.MonkeyPatch, no_backend: None) -> None:
-    monkeypatch.setattr(doctor, "KERNELS", {"reference": "", "fast": ""})
+    monkeypatch.setattr(doctor, "KERNELS", {"linear": {"reference": "", "fast": ""}, "moe": {"fast": ""}})
     said = {"reference": Kernel(None), "fast": Kernel("the library was not built")}
-    monkeypatch.setattr(doctor, "load", said.__getitem__)
+    monkeypatch.setattr(kernels, "load_for", lambda op, name: said[name])
     assert doctor.facts()["kernels"] == [
-        doctor.Fact("reference", "usable"),
-        doctor.Fact("fast", "the library was not built"),
+        doctor.Fact("linear: reference", "usable"),
+        doctor.Fact("linear: fast", "the library was not built"),
+        doctor.Fact("moe: fast", "the library was not built"),
     ]
     assert doctor.main() == 0
 
 
 def test_a_kernel_that_does_not_load_hides_no_other(monkeypatch: pytest.MonkeyPatch, no_backend: None) -> None:
-    def load(name: str) -> Kernel:
+    def load_for(op: str, name: str) -> Kernel:
         if name == "broken":
             raise OSError("undefined symbol: aoti_torch_x")
         return Kernel(None)
 
-    monkeypatch.setattr(doctor, "KERNELS", {"broken": "", "reference": ""})
-    monkeypatch.setattr(doctor, "load", load)
+    monkeypatch.setattr(doctor, "KERNELS", {"moe": {"broken": "", "reference": ""}})
+    monkeypatch.setattr(kernels, "load_for", load_for)
     broken, reference = doctor.facts()["kernels"]
     assert broken.value == "does not load: OSError: undefined symbol: aoti_torch_x"
     assert reference.value == "usable"
@@ -74,10 +75,10 @@ def test_a_kernel_that_does_not_load_hides_no_other(monkeypatch: pytest.MonkeyPa
 def test_no_reference_kernel_fails(
     monkeypatch: pytest.MonkeyPatch, no_backend: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "KERNELS", {"reference": ""})
-    monkeypatch.setattr(doctor, "load", lambda name: Kernel("no int4 today"))
+    monkeypatch.setattr(doctor, "KERNELS", {"moe": {"reference": ""}})
+    monkeypatch.setattr(kernels, "load_for", lambda op, name: Kernel("no int4 today"))
     assert doctor.main() == 1
-    assert lines(capsys.readouterr().out)["reference"] == "WRONG: no int4 today"
+    assert lines(capsys.readouterr().out)["moe: reference"] == "WRONG: no int4 today"
 
 
 def test_a_backend_that_torch_does_not_list_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from models import CompressedTensors, Int8
 
 import inductor_ext
 from inductor_ext import kernels, oracle
-from inductor_ext.kernels import Problem
+from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind
 
 PROBLEM = Problem(
     op="linear",
@@ -27,6 +28,21 @@ PROBLEM = Problem(
     order=False,
     bias=False,
 )
+KIND = WeightKind(torch.bfloat16, 32, "none")
+MOE = MoeProblem(
+    device="cpu",
+    arch="x86_64",
+    dtype=torch.bfloat16,
+    E=8,
+    top_k=2,
+    H=64,
+    I=128,
+    w13=KIND,
+    w2=KIND,
+    mlp=Mlp(),
+    bias=False,
+    expert_map=False,
+)
 
 
 def made_up(monkeypatch: pytest.MonkeyPatch, **given: tuple[str | None, str | None]) -> None:
@@ -36,18 +52,16 @@ def made_up(monkeypatch: pytest.MonkeyPatch, **given: tuple[str | None, str | No
         for name, (usable, rejects) in given.items()
     }
 
-    def load(name: str) -> Any:
-        if name not in modules:
-            raise ValueError(f"There is no kernel {name!r}; the kernels are {', '.join(sorted(modules))}.")
-        return modules[name]
-
-    monkeypatch.setattr(kernels, "load", load)
-    monkeypatch.setattr(oracle, "PRIORITY", {"cpu": tuple(given)})
+    monkeypatch.setattr(kernels, "NAMES", (*given, "elsewhere"))
+    monkeypatch.setattr(kernels, "KERNELS", {op: dict.fromkeys(given, "") for op in ("linear", "moe")})
+    monkeypatch.setattr(kernels, "load_for", lambda op, name: modules[name])
+    monkeypatch.setattr(oracle, "PRIORITY", {op: {"cpu": tuple(given)} for op in ("linear", "moe")})
 
 
-def test_the_first_that_can_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
+def test_the_first_that_can_is_chosen(problem: Problem | MoeProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(monkeypatch, fast=(None, None), slow=(None, None))
-    assert oracle.choose(PROBLEM) == oracle.Choice("fast", {})
+    assert oracle.choose(problem) == oracle.Choice("fast", {})
 
 
 def test_reasons_of_those_passed_over_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,33 +91,65 @@ def test_a_forced_kernel_that_cannot_is_an_error(
         oracle.choose(PROBLEM, "forced")
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_a_forced_kernel_of_another_op_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(monkeypatch, fast=(None, None), slow=(None, None))
+    with pytest.raises(oracle.NoKernel, match="elsewhere: There is no such kernel for moe; its kernels are fast, slow"):
+        oracle.choose(MOE, "elsewhere")
+
+
+def test_a_kernel_that_does_not_load_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in kernels.KERNELS:
+        monkeypatch.setitem(kernels.KERNELS[op], "gone", "inductor_ext.kernels.gone")
+    monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "gone"))
+    monkeypatch.setattr(oracle, "PRIORITY", {op: {"cpu": ("gone", "reference")} for op in kernels.KERNELS})
+    for problem in (PROBLEM, MOE):
+        choice = oracle.choose(problem)
+        assert choice.kernel == "reference"
+        assert "does not load: ModuleNotFoundError" in choice.passed_over["gone"]
+        with pytest.raises(oracle.NoKernel, match="gone: does not load"):
+            oracle.choose(problem, "gone")
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
+def test_an_unknown_name_lists_the_known_ones(problem: Problem | MoeProblem) -> None:
     with pytest.raises(ValueError, match=r"There is no kernel 'cup'; the kernels are cpu, reference"):
-        oracle.choose(PROBLEM, "cup")
+        oracle.choose(problem, "cup")
+
+
+def test_a_name_of_another_op_lists_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "only"))
+    with pytest.raises(ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, reference\."):
+        kernels.load_for("moe", "only")
 
 
 def test_every_list_ends_with_the_kernel_that_runs_everywhere() -> None:
-    assert all(names[-1] == "reference" for names in oracle.PRIORITY.values())
-    assert {name for names in oracle.PRIORITY.values() for name in names} <= set(kernels.KERNELS)
-    for device in ("cpu", "cuda", "xpu", "mps", "unheard-of"):
-        assert oracle.choose(replace(PROBLEM, device=device, dtype=torch.float32)).kernel in kernels.KERNELS
+    assert set(oracle.PRIORITY) == set(kernels.KERNELS)
+    for op, lists in oracle.PRIORITY.items():
+        assert all(names[-1] == "reference" for names in lists.values())
+        assert {name for names in lists.values() for name in names} <= set(kernels.KERNELS[op])
+    for problem, device in itertools.product((PROBLEM, MOE), ("cpu", "cuda", "xpu", "mps", "unheard-of")):
+        chosen = oracle.choose(replace(problem, device=device, dtype=torch.float32)).kernel
+        assert chosen in kernels.KERNELS[problem.op]
 
 
 def test_a_device_without_a_list_has_the_reference() -> None:
-    assert oracle.choose(replace(PROBLEM, device="xpu")) == oracle.Choice("reference", {})
+    for problem in (PROBLEM, MOE):
+        assert oracle.choose(replace(problem, device="xpu")) == oracle.Choice("reference", {})
 
 
-def test_the_cpu_kernel_comes_before_the_reference() -> None:
-    choice = oracle.choose(PROBLEM)
-    if (reason := kernels.load("cpu").usable()) is None:
+@pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
+def test_the_cpu_kernel_comes_before_the_reference(problem: Problem | MoeProblem) -> None:
+    choice = oracle.choose(problem)
+    if (reason := kernels.why_unusable(problem.op, "cpu")) is None:
         assert choice == oracle.Choice("cpu", {})
     else:
         assert choice == oracle.Choice("reference", {"cpu": reason})
 
 
 def test_every_kernel_says_what_it_is() -> None:
-    for name in kernels.KERNELS:
-        assert name == kernels.load(name).NAME
+    for op, names in kernels.KERNELS.items():
+        for name in names:
+            assert name == kernels.load_for(op, name).NAME
 
 
 @pytest.mark.parametrize(
@@ -116,6 +162,24 @@ def test_every_kernel_says_what_it_is() -> None:
 )
 def test_a_problem_reads_as_a_line(change: dict[str, Any], text: str) -> None:
     assert str(replace(PROBLEM, **change)) == text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, "E=8 top_k=2 H=64 I=128 G=32 bfloat16, symmetric, silu"),
+        (
+            {"w2": replace(KIND, group_size=64, zeros="int"), "bias": True, "expert_map": True},
+            "E=8 top_k=2 H=64 I=128 G=32/64 bfloat16, int zeros, silu, bias, expert_map",
+        ),
+        (
+            {"mlp": Mlp("gelu", "none", apply_router_weight_on_input=True)},
+            "E=8 top_k=2 H=64 I=128 G=32 bfloat16, symmetric, gelu (none), weighted input",
+        ),
+    ],
+)
+def test_a_problem_of_experts_reads_as_a_line(change: dict[str, Any], text: str) -> None:
+    assert str(replace(MOE, **change)) == text
 
 
 def test_the_architecture_of_this_machine() -> None:
@@ -139,7 +203,7 @@ def test_the_report_keeps_the_reasons() -> None:
 def test_no_kernel_leaves_the_layer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(kernels.load("reference"), "reject", lambda problem: "On holiday.")
-    monkeypatch.setattr(oracle, "PRIORITY", {"cpu": ("reference",)})
+    monkeypatch.setattr(oracle, "PRIORITY", {"linear": {"cpu": ("reference",)}})
     report = inductor_ext.explain(Int8(32, 64), torch.randn(3, 64))
     assert report.rewritten == []
     assert "reference: On holiday." in report.left_alone[0].reason

@@ -1,13 +1,14 @@
 // AVX2 with FMA and F16C: eight lanes. See portable.cpp for what the names of a policy mean.
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <new>
 
-#include "linear.h"
+#include "calls.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -15,8 +16,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
-#include "direct.h"
-#include "panel.h"
+#include "linear.h"
+#include "moe.h"
 
 namespace w4a16_cpu {
 namespace {
@@ -98,7 +99,8 @@ struct Avx2 {
 
 }  // namespace
 
-void linear_avx2(const Call& call) { linear<Avx2>(call); }
+void linear_avx2(const LinearCall& call) { linear<Avx2>(call); }
+void moe_avx2(const MoeCall& call) { moe<Avx2>(call); }
 
 }  // namespace w4a16_cpu
 

@@ -6,13 +6,14 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <new>
 
-#include "linear.h"
+#include "calls.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,fma"))), apply_to = function)
@@ -53,7 +54,8 @@ struct Avx512 : Avx512Base {
 
 }  // namespace
 
-void linear_avx512(const Call& call) { linear<Avx512>(call); }
+void linear_avx512(const LinearCall& call) { linear<Avx512>(call); }
+void moe_avx512(const MoeCall& call) { moe<Avx512>(call); }
 
 }  // namespace w4a16_cpu
 

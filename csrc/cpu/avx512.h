@@ -1,8 +1,8 @@
 // The vector operations that both AVX-512 policies use: sixteen lanes. Included after the target pragma.
 #pragma once
 
-#include "direct.h"
-#include "panel.h"
+#include "linear.h"
+#include "moe.h"
 
 namespace w4a16_cpu {
 namespace {

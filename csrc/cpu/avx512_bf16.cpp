@@ -8,13 +8,14 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <new>
 
-#include "linear.h"
+#include "calls.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,fma"))), apply_to = function)
@@ -69,12 +70,18 @@ struct Avx512Bf16 : Avx512Base {
   static F mac(F sum, W w, W x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 };
 
+bool whole_zeros(const Weight& weight) { return weight.zero_dtype == Dtype::none || weight.zero_dtype == Dtype::u8; }
+
 }  // namespace
 
-void linear_avx512_bf16(const Call& call) {
-  const bool integer_zeros = call.zero_dtype == Dtype::none || call.zero_dtype == Dtype::u8;
-  if (call.x_dtype == Dtype::bf16 && integer_zeros) linear<Avx512Bf16>(call);
+void linear_avx512_bf16(const LinearCall& call) {
+  if (call.x_dtype == Dtype::bf16 && whole_zeros(call.weight)) linear<Avx512Bf16>(call);
   else linear_avx512(call);
+}
+
+void moe_avx512_bf16(const MoeCall& call) {
+  if (call.x_dtype == Dtype::bf16 && whole_zeros(call.w13) && whole_zeros(call.w2)) moe<Avx512Bf16>(call);
+  else moe_avx512(call);
 }
 
 }  // namespace w4a16_cpu

@@ -1,23 +1,27 @@
-// The two algorithms, written once over a policy P: the vector operations of one instruction set (see portable.cpp for the list).
+// Rows of x times rows of an int4 weight, written once over a policy P: the vector operations of one instruction set (see
+// portable.cpp for the list).
 //
+// units.h    x as the algorithms read it.
 // direct.h   a few rows of x: the weight is read once, decoded in registers, lanes run along K.
 // panel.h    many rows of x: a block of the weight is decoded into an L2-sized panel, lanes run along N, x is broadcast.
+// linear.h, moe.h    the ops: what is multiplied with what, and what becomes of the sums.
 //
-// Both multiply x by the exact code - zero and apply the scale to float32 sums that never span two groups, so that nothing is
-// rounded before the sum. Every output is summed by one thread in an order that depends on the shapes only.
+// Both algorithms multiply x by the exact code - zero and apply the scale to float32 sums that never span two groups, so that
+// nothing is rounded before the sum. Every output is summed by one thread in an order that depends on the shapes only.
 //
 // These files are included after a `#pragma GCC target`. So everything here is in an anonymous namespace and no template of the
 // standard library is instantiated: the linker merges inline functions of the same name, and a copy that was compiled for
 // AVX-512 must not end up in code that runs without it.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include <new>
 
-#include "linear.h"
+#include "calls.h"
 
 namespace w4a16_cpu {
 namespace {
@@ -51,11 +55,29 @@ void run_parallel(int64_t count, int64_t grain, const F& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::u8 ? 1 : 2; }
+// Work that is cut into equal items. Threads take a few neighbouring ones at a time until none is left, so that none waits long
+// for another. Who computes an item does not change its result.
+class Queue {
+ public:
+  Queue(int64_t items, int64_t work_per_item)
+      : items_(items), workers_(larger(1, smaller(num_threads(), items * work_per_item / kWorthAThread))) {
+    chunk_ = workers_ == 1 ? items : div_up(items, 32 * workers_);
+  }
+  // body() once on each thread; it calls take.
+  template <class F>
+  void run(const F& body) {
+    run_parallel(workers_, 1, [&](int64_t, int64_t) { body(); });
+  }
+  bool take(int64_t& begin, int64_t& end) {
+    begin = __atomic_fetch_add(&next_, chunk_, __ATOMIC_RELAXED);
+    end = smaller(begin + chunk_, items_);
+    return begin < end;
+  }
 
-inline const void* at(const void* base, Dtype dtype, int64_t index) {
-  return static_cast<const char*>(base) + index * size_of(dtype);
-}
+ private:
+  static constexpr int64_t kWorthAThread = 1 << 16;  // multiplications, a few microseconds of one row of x
+  int64_t items_, workers_, chunk_, next_ = 0;
+};
 
 template <class P>
 typename P::F load_as_float(const void* p, Dtype dtype) {
@@ -78,76 +100,67 @@ void widen(const void* base, Dtype dtype, int64_t begin, int64_t count, float* d
   P::store(dst + i, load_as_float<P>(tail, dtype));
 }
 
-// Scales and zeros of groups first..first+count of one row, in float32 and in P's own form, padded as by widen.
+// Rounds the first `count` lanes.
 template <class P>
-void load_groups(const Call& call, int64_t row, int64_t first, int64_t count, float* scale, float* zero) {
-  const int64_t begin = row * (call.K / call.group) + first;
-  widen<P>(call.scales, call.scale_dtype, begin, count, scale);
-  if (call.zeros == nullptr) {
-    for (int64_t i = 0; i < count; i += P::L) P::store(zero + i, P::encode_zeros(P::set1(8.0f)));
-    return;
+void narrow(typename P::F value, Dtype dtype, void* dst, int64_t count) {
+  alignas(64) char tail[P::L * 4];
+  void* to = count >= P::L ? dst : tail;
+  switch (dtype) {
+    case Dtype::bf16: P::store_bf16(static_cast<uint16_t*>(to), value); break;
+    case Dtype::f16: P::store_f16(static_cast<uint16_t*>(to), value); break;
+    default: P::store(static_cast<float*>(to), value);
   }
-  widen<P>(call.zeros, call.zero_dtype, begin, count, zero);
-  for (int64_t i = 0; i < count; i += P::L) P::store(zero + i, P::encode_zeros(P::load(zero + i)));
-  if (call.zero_dtype != Dtype::u8) return;
-  const uint8_t* stored = static_cast<const uint8_t*>(call.zeros) + begin;
-  uint8_t highest = 0;
-  for (int64_t i = 0; i < count; ++i) highest = stored[i] > highest ? stored[i] : highest;
-  if (highest > 16) __atomic_store_n(call.bad_zero, static_cast<int>(highest), __ATOMIC_RELAXED);
+  if (to == tail) memcpy(dst, tail, count * size_of(dtype));
 }
 
-// One row of x as P::Unit words are made of it: float32, or the bfloat16 values as they are.
-template <class P>
-const void* x_row(const Call& call, int64_t m, float* scratch) {
-  const void* row = at(call.x, call.x_dtype, m * call.K);
-  if (P::kPairs || call.x_dtype == Dtype::f32) return row;
-  widen<P>(row, call.x_dtype, 0, call.K, scratch);
-  return scratch;
-}
+// What is computed at a time for all rows of x: `columns` rows of the weight from n0 on, or half as many and their partners.
+// Columns past the end of the weight repeat its last row; what they give is not stored.
+struct Tile {
+  const Weight& weight;
+  int64_t n0, columns;
 
-// The u-th 32-bit unit of x for a word of codes. It faces what P::decode makes of step u: one float32 (nibble u), or a pair of
-// bfloat16 (nibbles u and u + 4).
+  int64_t row(int64_t column) const {
+    if (weight.partner == 0) return smaller(n0 + column, weight.N - 1);
+    return n0 / 2 + column % (columns / 2) + (column < columns / 2 ? 0 : weight.partner);
+  }
+  // How many columns from this one on lie one after the other in memory.
+  int64_t run(int64_t column) const {
+    if (weight.partner == 0) return larger(1, smaller(columns - column, weight.N - n0 - column));
+    return columns / 2 - column % (columns / 2);
+  }
+  int64_t stored() const { return smaller(columns, weight.N - n0); }
+};
+
+// Scales and zeros of the tile's rows, [columns, K / group], in float32 and in P's own form. Writes P::L more.
 template <class P>
-uint32_t x_unit(const void* row, int64_t word, int u) {
-  if constexpr (P::kPairs) {
-    const uint16_t* x = static_cast<const uint16_t*>(row) + word * 8;
-    return x[u] | static_cast<uint32_t>(x[u + 4]) << 16;
-  } else {
-    uint32_t bits;
-    memcpy(&bits, static_cast<const float*>(row) + word * 8 + u, 4);
-    return bits;
+void load_groups(const Tile& tile, float* scale, float* zero) {
+  const Weight& weight = tile.weight;
+  const int64_t groups = weight.K / weight.group;
+  for (int64_t i = 0, run; i < tile.columns; i += run, scale += run * groups, zero += run * groups) {
+    run = tile.run(i);
+    const int64_t begin = tile.row(i) * groups, count = run * groups;
+    widen<P>(weight.scales, weight.scale_dtype, begin, count, scale);
+    if (weight.zeros == nullptr) {
+      for (int64_t j = 0; j < count; j += P::L) P::store(zero + j, P::encode_zeros(P::set1(8.0f)));
+      continue;
+    }
+    widen<P>(weight.zeros, weight.zero_dtype, begin, count, zero);
+    for (int64_t j = 0; j < count; j += P::L) P::store(zero + j, P::encode_zeros(P::load(zero + j)));
+    if (weight.zero_dtype != Dtype::u8) continue;
+    const uint8_t* stored = static_cast<const uint8_t*>(weight.zeros) + begin;
+    uint8_t highest = 0;
+    for (int64_t j = 0; j < count; ++j) highest = stored[j] > highest ? stored[j] : highest;
+    if (highest > 16) __atomic_store_n(weight.bad_zero, static_cast<int>(highest), __ATOMIC_RELAXED);
   }
 }
 
-// Rows of x in equal blocks of at most `most`; the last one may be smaller.
+// `rows`, maybe none, in equal blocks of at most `most`; the last one may be smaller.
 struct Blocks {
   int64_t rows, block;
-  Blocks(int64_t rows, int64_t most) : rows(rows), block(div_up(rows, div_up(rows, most))) {}
+  Blocks(int64_t rows, int64_t most) : rows(rows), block(larger(1, div_up(rows, larger(1, div_up(rows, most))))) {}
   int64_t count() const { return div_up(rows, block); }
   int64_t size(int64_t b) const { return smaller(block, rows - b * block); }
 };
-
-// Adds the bias and rounds, once: sums [rows, stride] -> out[m0.., n0..n0+cols).
-template <class P>
-void emit(const Call& call, const float* sums, int64_t stride, int64_t m0, int64_t rows, int64_t n0, int64_t cols) {
-  alignas(64) float bias[P::kMaxCols] = {};
-  if (call.bias != nullptr) widen<P>(call.bias, call.bias_dtype, n0, cols, bias);
-  for (int64_t m = 0; m < rows; ++m) {
-    char* out = static_cast<char*>(call.out) + ((m0 + m) * call.N + n0) * size_of(call.x_dtype);
-    for (int64_t i = 0; i < cols; i += P::L) {
-      const typename P::F y = P::add(P::load(sums + m * stride + i), P::load(bias + i));
-      alignas(64) char rounded[P::L * 4];
-      const bool whole = i + P::L <= cols;
-      char* dst = whole ? out + i * size_of(call.x_dtype) : rounded;
-      switch (call.x_dtype) {
-        case Dtype::bf16: P::store_bf16(reinterpret_cast<uint16_t*>(dst), y); break;
-        case Dtype::f16: P::store_f16(reinterpret_cast<uint16_t*>(dst), y); break;
-        default: P::store(reinterpret_cast<float*>(dst), y);
-      }
-      if (!whole) memcpy(out + i * size_of(call.x_dtype), rounded, (cols - i) * size_of(call.x_dtype));
-    }
-  }
-}
 
 }  // namespace
 }  // namespace w4a16_cpu

@@ -1,40 +1,51 @@
-// What the op (linear.cpp) hands to the code for one instruction set (avx512_bf16.cpp, avx512.cpp, avx2.cpp, portable.cpp).
+// y = x @ W^T + bias.
 #pragma once
 
-#include <cstdint>
+#include "direct.h"
+#include "panel.h"
 
 namespace w4a16_cpu {
+namespace {
 
-enum class Dtype { none, u8, bf16, f16, f32 };
+// Adds the bias and rounds, once.
+template <class P>
+struct LinearSink {
+  const LinearCall& call;
 
-// y[m, n] = bias[n] + sum_k x[m, k] * (code[n, k] - zero[n, k / group]) * scale[n, k / group], everything contiguous.
-struct Call {
-  const void* x;         // [M, K]
-  const int32_t* codes;  // [N, K/8], nibble i of word j is k = 8j + i
-  const void* scales;    // [N, K/group]
-  const void* zeros;     // [N, K/group]; none means that every zero is 8
-  const void* bias;      // [N] or none
-  void* out;             // [M, N], x_dtype
-  Dtype x_dtype, scale_dtype, zero_dtype, bias_dtype;
-  int64_t M, N, K, group;
-  int* bad_zero;  // set to a uint8 zero that is above 16, should one be met: the codes then cannot be trusted either
+  void operator()(const Task& task, const Tile& tile, int64_t m0, int64_t rows, const float* sums, int64_t stride) const {
+    const int64_t cols = tile.stored();
+    alignas(64) float bias[larger(P::kMaxCols, kUnit)] = {};
+    if (call.bias != nullptr) widen<P>(call.bias, call.bias_dtype, tile.n0, cols, bias);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t out = (task.first + m0 + m) * call.weight.N + tile.n0;
+      for (int64_t i = 0; i < cols; i += P::L) {
+        const typename P::F y = P::add(P::load(sums + m * stride + i), P::load(bias + i));
+        narrow<P>(y, call.x_dtype, static_cast<char*>(call.out) + (out + i) * size_of(call.x_dtype), cols - i);
+      }
+    }
+  }
 };
 
-// torch's own threads: body(begin, end, context) on disjoint ranges that cover 0..count. Raises what body raises.
-void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
-int64_t num_threads();
+template <class P>
+void linear(const LinearCall& call) {
+  const Blocks blocks(call.M, kBlockM);
+  const Form form = form_of<P>(blocks.block);
+  const int64_t K = call.weight.K, stride = row_units<P>(form, K);
+  Buffer<uint32_t> units(blocks.block * stride);
+  Buffer<const uint32_t*> x(blocks.block);
+  for (int64_t m = 0; m < blocks.block; ++m) x[m] = units + m * stride;
 
-struct Isa {
-  const char* name;
-  bool (*supported)();
-  void (*linear)(const Call&);
-};
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const int64_t m0 = b * blocks.block;
+    const Task task{call.weight, x, form, blocks.size(b), m0, 0};
+    run_parallel(task.count, div_up(1 << 16, K), [&](int64_t begin, int64_t end) {
+      Buffer<float> scratch(K + P::L);
+      for (int64_t m = begin; m < end; ++m) lay_out_row<P>(call.x, call.x_dtype, m0 + m, K, form, scratch, units + m * stride);
+    });
+    if (form == Form::direct) multiply_direct<P>(&task, 1, LinearSink<P>{call});
+    else multiply_panel<P>(&task, 1, LinearSink<P>{call});
+  }
+}
 
-void linear_portable(const Call& call);
-#if defined(__x86_64__)
-void linear_avx2(const Call& call);
-void linear_avx512(const Call& call);
-void linear_avx512_bf16(const Call& call);
-#endif
-
+}  // namespace
 }  // namespace w4a16_cpu

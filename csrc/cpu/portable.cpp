@@ -2,8 +2,8 @@
 // Also the list of what a policy has; the other instruction sets give the same names.
 #include <torch/headeronly/util/Half.h>
 
-#include "direct.h"
-#include "panel.h"
+#include "linear.h"
+#include "moe.h"
 
 namespace w4a16_cpu {
 namespace {
@@ -86,6 +86,7 @@ struct Portable {
 
 }  // namespace
 
-void linear_portable(const Call& call) { linear<Portable>(call); }
+void linear_portable(const LinearCall& call) { linear<Portable>(call); }
+void moe_portable(const MoeCall& call) { moe<Portable>(call); }
 
 }  // namespace w4a16_cpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from inductor_ext.formats import PackedInt4
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked to compute, as plain data: a kernel is chosen from this alone, so any device can be
+    """What a linear kernel is asked to compute, as plain data: a kernel is chosen from this alone, so any device can be
     simulated."""
 
     op: str
@@ -40,13 +40,90 @@ class Problem:
         extras = [f"{self.zeros} zeros"] if self.zeros != "none" else ["symmetric"]
         extras += ["act-order"] if self.order else []
         extras += ["bias"] if self.bias else []
+        return f"N={self.N} K={self.K} G={self.group_size} {_short(self.dtype)}, {', '.join(extras)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightKind:
+    """How the experts' weights of one projection are quantised."""
+
+    scale_dtype: torch.dtype
+    group_size: int
+    zeros: str
+    """"none" (constant 8), "int" or "float"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp:
+    """What every expert computes between its two projections, and where the router's weight goes in.
+
+    With h = W13 x (+ b13): y = W2 act(h) (+ b2), and the token's result is the sum over its experts of weight * y.
+    """
+
+    activation: str = "silu"
+    """"silu", "gelu" (exact), "gelu_tanh", "relu": act(gate) * up, or act(h) without a gate. "swigluoai": gate clamped
+    to <= limit, up to -limit..limit, then (up + 1) * gate * sigmoid(alpha * gate), as gpt-oss has it."""
+    gate_up: str = "halves"
+    """Rows of W13: "halves" (all gates, then all ups), "interleaved" (gate 0, up 0, gate 1, ...), "none" (no gate: W13
+    has I rows)."""
+    alpha: float = 1.702
+    limit: float | None = None
+    """Of swigluoai; None does not clamp."""
+    apply_router_weight_on_input: bool = False
+    """x is multiplied by the router's weight before W13, and y is not."""
+    routed_scaling: float = 1.0
+    """Multiplies the result."""
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swigluoai")
+GATE_UP = ("halves", "interleaved", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeProblem:
+    """What a kernel for routed experts is asked to compute, as plain data."""
+
+    device: str
+    arch: str
+    dtype: torch.dtype
+    """Of the activations and the result."""
+    E: int
+    """Experts that have weights here."""
+    top_k: int
+    H: int
+    """Hidden size: K of w13, N of w2."""
+    I: int  # noqa: E741  the field's name
+    """Intermediate size: K of w2; w13 has 2 I rows, or I without a gate."""
+    w13: WeightKind
+    w2: WeightKind
+    mlp: Mlp
+    bias: bool
+    expert_map: bool
+    op: str = "moe"
+
+    def __str__(self) -> str:
+        zeros = {w.zeros for w in (self.w13, self.w2)} - {"none"}
+        extras = [f"{kind} zeros" for kind in sorted(zeros)] or ["symmetric"]
+        extras += [self.mlp.activation + ("" if self.mlp.gate_up == "halves" else f" ({self.mlp.gate_up})")]
+        extras += ["bias"] if self.bias else []
+        extras += ["expert_map"] if self.expert_map else []
+        extras += ["weighted input"] if self.mlp.apply_router_weight_on_input else []
+        sizes = dict.fromkeys((self.w13.group_size, self.w2.group_size))
         return (
-            f"N={self.N} K={self.K} G={self.group_size} {str(self.dtype).removeprefix('torch.')}, {', '.join(extras)}"
+            f"E={self.E} top_k={self.top_k} H={self.H} I={self.I} G={'/'.join(map(str, sizes))}"
+            f" {_short(self.dtype)}, {', '.join(extras)}"
         )
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Packed(NamedTuple):
-    """A weight in a kernel's own layout: the tensor arguments of ``w4a16::linear`` after x."""
+    """A weight in a kernel's own layout: the tensor arguments of ``w4a16::linear`` after x.
+
+    For the experts of ``w4a16::moe`` each has one more dimension in front, E, and there is no order.
+    """
 
     qweight: Tensor
     scales: Tensor
@@ -75,13 +152,83 @@ class Kernel(Protocol):
         """x [M, K] contiguous -> [M, N] in x's dtype, accumulated in float32 and rounded once."""
 
 
-KERNELS = {"cpu": "inductor_ext.kernels.cpu", "reference": "inductor_ext.kernels.reference"}
-"""Every kernel, in no order: the oracle's priority lists say which is tried first on which device."""
+class MoeKernel(Protocol):
+    """The functions that a kernel module for routed experts has."""
+
+    NAME: str
+
+    def usable(self) -> str | None:
+        """As Kernel.usable."""
+
+    def reject(self, problem: MoeProblem) -> str | None:
+        """As Kernel.reject."""
+
+    def pack(self, canonical: PackedInt4, experts: int) -> Packed:
+        """The kernel's layout of one projection. ``canonical`` has the rows of all experts, one expert after the other:
+        codes [E*N, K/8]."""
+
+    def unpack(self, packed: Packed) -> PackedInt4:
+        """The inverse of pack, without loss."""
+
+    def run(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        w13: Packed,
+        w2: Packed,
+        w13_bias: Tensor | None,
+        w2_bias: Tensor | None,
+        mlp: Mlp,
+        intermediate_size: int,
+        group_sizes: tuple[int, int],
+    ) -> Tensor:
+        """x [T, H] contiguous, topk_weights float32 [T, k], topk_ids int32 [T, k] -> [T, H] in x's dtype.
+
+        The ids are rows of the weights already (no expert_map), or negative: those contribute nothing, whatever their
+        weight. Accumulated in float32 in a fixed order; only act(h) may be rounded to x's dtype on the way.
+        """
+
+
+KERNELS: dict[str, dict[str, str]] = {
+    "linear": {"cpu": "inductor_ext.kernels.cpu", "reference": "inductor_ext.kernels.reference"},
+    "moe": {"cpu": "inductor_ext.kernels.cpu_moe", "reference": "inductor_ext.kernels.reference_moe"},
+}
+"""Every kernel by op, in no order: the oracle's priority lists say which is tried first on which device."""
+
+NAMES = tuple(sorted({name for kernels in KERNELS.values() for name in kernels}))
+"""What ``w4a16.kernel`` may be. Not every op has each of them."""
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError, naming the known ones, if no op has a kernel of this name."""
+    if name not in NAMES:
+        raise ValueError(f"There is no kernel {name!r}; the kernels are {', '.join(NAMES)}.")
+
+
+def load(name: str) -> Kernel:
+    """The module of this name for ``w4a16::linear``. Raises as load_for."""
+    return cast(Kernel, load_for("linear", name))
+
+
+def load_moe(name: str) -> MoeKernel:
+    """The module of this name for ``w4a16::moe``. Raises as load_for."""
+    return cast(MoeKernel, load_for("moe", name))
 
 
 @functools.cache
-def load(name: str) -> Kernel:
-    """The kernel module of this name. Raises ValueError, naming the known ones, for any other name."""
-    if name not in KERNELS:
-        raise ValueError(f"There is no kernel {name!r}; the kernels are {', '.join(sorted(KERNELS))}.")
-    return cast(Kernel, importlib.import_module(KERNELS[name]))
+def load_for(op: str, name: str) -> Any:
+    """The kernel module of this name for this op. Raises ValueError, naming the known ones, if there is none."""
+    check_name(name)
+    if name not in KERNELS[op]:
+        raise ValueError(f"There is no kernel {name!r} for {op}; its kernels are {', '.join(sorted(KERNELS[op]))}.")
+    return importlib.import_module(KERNELS[op][name])
+
+
+def why_unusable(op: str, name: str) -> str | None:
+    """Why this process cannot run the kernel of this name for this op; None if it can."""
+    try:
+        reason: str | None = load_for(op, name).usable()
+    except Exception as error:  # one kernel that does not load must not be in the way of the others
+        return f"does not load: {type(error).__name__}: {error}"
+    return reason

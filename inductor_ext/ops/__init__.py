@@ -1,6 +1,8 @@
 """Custom ops in ``torch.ops.w4a16``. Importing this package registers them; every op file reads schema, fake,
 implementation, autograd."""
 
+from inductor_ext.ops.align import moe_align_block_size
 from inductor_ext.ops.linear import linear
+from inductor_ext.ops.moe import moe
 
-__all__ = ["linear"]
+__all__ = ["linear", "moe", "moe_align_block_size"]

@@ -1,0 +1,90 @@
+"""The CPU kernel for routed experts: C++ (csrc/cpu) that reads the canonical layout as it is.
+
+It sorts the (token, slot) pairs by expert and touches the selected experts only. No dense weight is ever made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, cpu
+
+NAME = "cpu"
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+usable = cpu.usable
+
+
+def reject(problem: MoeProblem) -> str | None:
+    if problem.op != "moe":
+        return f"The kernel computes moe, not {problem.op}."
+    if problem.device != "cpu":
+        return f"The kernel runs on the CPU, not on {problem.device}."
+    if problem.dtype not in _FLOATS:
+        return f"The activations must be bfloat16, float16 or float32, not {problem.dtype}."
+    for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
+        if weight.scale_dtype not in _FLOATS:
+            return f"The scales must be bfloat16, float16 or float32, not {weight.scale_dtype}."
+        if weight.group_size % 8 != 0 or K % weight.group_size != 0:
+            return f"The group size must be a multiple of 8 that divides K={K}, not {weight.group_size}."
+    mlp = problem.mlp
+    if mlp.activation not in ACTIVATIONS:
+        return f"The activation must be one of {', '.join(ACTIVATIONS)}, not {mlp.activation}."
+    if mlp.gate_up not in GATE_UP:
+        return f"The layout of gate and up must be one of {', '.join(GATE_UP)}, not {mlp.gate_up}."
+    if mlp.activation == "swigluoai" and mlp.gate_up == "none":
+        return "swigluoai needs a gate."
+    return None
+
+
+def pack(canonical: PackedInt4, experts: int) -> Packed:
+    def split(t: Tensor) -> Tensor:
+        return t.view(experts, t.shape[0] // experts, t.shape[1])
+
+    zeros = None if canonical.zeros is None else split(canonical.zeros)
+    return Packed(split(canonical.codes), split(canonical.scales), zeros, None)
+
+
+def unpack(packed: Packed) -> PackedInt4:
+    zeros = None if packed.zeros is None else packed.zeros.flatten(0, 1)
+    return PackedInt4(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), zeros)
+
+
+def run(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w13: Packed,
+    w2: Packed,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    mlp: Mlp,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+) -> Tensor:
+    if (reason := usable()) is not None:
+        raise RuntimeError(reason)
+    y: Tensor = torch.ops.w4a16_cpu.moe(
+        x,
+        topk_weights,
+        topk_ids,
+        w13.qweight,
+        w13.scales,
+        w13.zeros,
+        w13_bias,
+        w2.qweight,
+        w2.scales,
+        w2.zeros,
+        w2_bias,
+        *group_sizes,
+        mlp.activation,
+        mlp.gate_up,
+        mlp.alpha,
+        mlp.limit,
+        mlp.apply_router_weight_on_input,
+        mlp.routed_scaling,
+    )
+    return y

@@ -1,0 +1,321 @@
+"""``torch.ops.w4a16.moe``: routed experts with int4 weights, from the router's ids and weights to the tokens' results,
+and its gradients with respect to x and the router's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_ext import kernels
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, Packed
+from inductor_ext.ops.linear import LIB
+
+# -- schema ------------------------------------------------------------------------------------------------------------
+# x [T, H], topk_weights [T, k] float16 | bfloat16 | float32; topk_ids [T, k] int32 | int64; w13_* and w2_*: the layout
+# of `kernel`. For "cpu" and "reference" that is the canonical form (see formats.PackedInt4) with E in front:
+#   w13_qweight int32 [E, R, H/8], w13_scales and w13_zeros [E, R, H / w13_group_size], R = 2 I, or I without a gate;
+#   w2_qweight int32 [E, H, I/8], w2_scales and w2_zeros [E, H, I / w2_group_size].
+# Biases w13_bias [E, R], w2_bias [E, H] in x's dtype or float32; I = intermediate_size. expert_map int32
+# [global_num_experts]: id -> row of the weights or -1; without it ids are rows, and global_num_experts -1 means E.
+# What is computed with h = W13 x + b13 is said in kernels.Mlp. An id of -1, or mapped to -1, contributes exactly
+# nothing; any other id without a weight is an error on the CPU and contributes nothing elsewhere.
+# Returns [T, H] in x's dtype, accumulated in float32, summed over k in order, rounded once.
+_WEIGHTS = (
+    "Tensor topk_weights, Tensor topk_ids, Tensor w13_qweight, Tensor w13_scales, Tensor? w13_zeros, Tensor? w13_bias, "
+    "Tensor w2_qweight, Tensor w2_scales, Tensor? w2_zeros, Tensor? w2_bias, Tensor? expert_map, "
+    'int intermediate_size, int w13_group_size, int w2_group_size, str activation="silu", str gate_up="halves", '
+    "float alpha=1.702, float? limit=None, bool apply_router_weight_on_input=False, float routed_scaling=1.0, "
+    'int global_num_experts=-1, str kernel="reference"'
+)
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+LIB.define(f"moe(Tensor x, {_WEIGHTS}) -> Tensor", tags=_TAGS)
+# grad [T, H] -> the gradients of x and topk_weights, in their dtypes. Codes, scales, zeros and biases get none.
+LIB.define(f"moe_grad(Tensor grad, Tensor x, {_WEIGHTS}) -> (Tensor grad_x, Tensor grad_topk_weights)", tags=_TAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The arguments of both ops after x, as the schema has them."""
+
+    topk_weights: Tensor
+    topk_ids: Tensor
+    w13_qweight: Tensor
+    w13_scales: Tensor
+    w13_zeros: Tensor | None
+    w13_bias: Tensor | None
+    w2_qweight: Tensor
+    w2_scales: Tensor
+    w2_zeros: Tensor | None
+    w2_bias: Tensor | None
+    expert_map: Tensor | None
+    intermediate_size: int
+    w13_group_size: int
+    w2_group_size: int
+    activation: str = "silu"
+    gate_up: str = "halves"
+    alpha: float = 1.702
+    limit: float | None = None
+    apply_router_weight_on_input: bool = False
+    routed_scaling: float = 1.0
+    global_num_experts: int = -1
+    kernel: str = "reference"
+
+    @property
+    def w13(self) -> Packed:
+        return Packed(self.w13_qweight, self.w13_scales, self.w13_zeros, None)
+
+    @property
+    def w2(self) -> Packed:
+        return Packed(self.w2_qweight, self.w2_scales, self.w2_zeros, None)
+
+    @property
+    def mlp(self) -> Mlp:
+        return Mlp(
+            self.activation,
+            self.gate_up,
+            self.alpha,
+            self.limit,
+            self.apply_router_weight_on_input,
+            self.routed_scaling,
+        )
+
+
+# -- the door ----------------------------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _require(ok: Any, message: Callable[[], str]) -> None:
+    if ok is not True:  # a plain True costs nothing; False raises and a SymBool becomes a guard
+        torch._check(ok, lambda: f"w4a16::moe: {message()}")
+
+
+def _check(x: Tensor, call: _Call) -> None:
+    """Every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed."""
+    _check_numbers(call)
+    E, H = _check_weights(call, x.device)
+    _tokens("x", x, _DTYPES, x)
+    _require(x.shape[1] == H, lambda: f"x must be [T, {H}], it is {_of(x)}.")
+    _tokens("topk_weights", call.topk_weights, _DTYPES, x)
+    _tokens("topk_ids", call.topk_ids, (torch.int32, torch.int64), x)
+    k = call.topk_ids.shape[1]
+    _require(k >= 1, lambda: f"topk_ids must name at least one expert for a token, it is {_of(call.topk_ids)}.")
+    _require(
+        call.topk_weights.shape[1] == k,
+        lambda: f"topk_weights must be [T, {k}] as topk_ids, it is {_of(call.topk_weights)}.",
+    )
+    for name, bias, rows in (("w13_bias", call.w13_bias, call.w13_qweight.shape[1]), ("w2_bias", call.w2_bias, H)):
+        if bias is not None:
+            _tensor(name, bias, (E, rows), tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
+    if call.expert_map is not None:
+        _tensor("expert_map", call.expert_map, (_ids(call),), (torch.int32,), x.device)
+
+
+def _check_numbers(call: _Call) -> None:
+    _require(
+        call.activation in ACTIVATIONS,
+        lambda: f"activation must be one of {', '.join(ACTIVATIONS)}; it is {call.activation!r}.",
+    )
+    _require(call.gate_up in GATE_UP, lambda: f"gate_up must be one of {', '.join(GATE_UP)}; it is {call.gate_up!r}.")
+    oai = call.activation == "swigluoai"
+    _require(
+        not oai or call.gate_up != "none",
+        lambda: "activation 'swigluoai' needs a gate: gate_up must be halves or interleaved, it is 'none'.",
+    )
+    _require(
+        call.limit is None or (oai and call.limit > 0),
+        lambda: f"limit must be None, or positive with activation 'swigluoai'; it is {call.limit}.",
+    )
+    _require(math.isfinite(call.alpha), lambda: f"alpha must be finite, it is {call.alpha}.")
+    _require(math.isfinite(call.routed_scaling), lambda: f"routed_scaling must be finite, it is {call.routed_scaling}.")
+
+
+def _check_weights(call: _Call, device: torch.device) -> tuple[int, int]:
+    """E and H, as the weights have them. In the canonical layout: a kernel with another one says here what it is."""
+    _require(
+        call.w13_qweight.dim() == 3 and call.w13_qweight.shape[0] >= 1,
+        lambda: f"w13_qweight must be [E, 2 I, H/8] with E >= 1, it is {_of(call.w13_qweight)}.",
+    )
+    E, H, I = call.w13_qweight.shape[0], 8 * call.w13_qweight.shape[2], call.intermediate_size  # noqa: E741
+    _require(I >= 8 and I % 8 == 0, lambda: f"intermediate_size must be a positive multiple of 8, it is {I}.")
+    rows = I if call.gate_up == "none" else 2 * I
+    for name, packed, N, K, group_size in (
+        ("w13", call.w13, rows, H, call.w13_group_size),
+        ("w2", call.w2, H, I, call.w2_group_size),
+    ):
+        _check_packed(name, packed, (E, N), K, group_size, device)
+    known = call.global_num_experts
+    if call.expert_map is None:
+        _require(
+            known in (-1, E), lambda: f"global_num_experts must be -1 or {E} without an expert_map, it is {known}."
+        )
+    else:
+        _require(known == -1 or known >= 1, lambda: f"global_num_experts must be -1 or positive, it is {known}.")
+    return E, H
+
+
+def _check_packed(
+    name: str, packed: Packed, rows: tuple[int, int], K: int, group_size: int, device: torch.device
+) -> None:
+    _tensor(f"{name}_qweight", packed.qweight, (*rows, K // 8), (torch.int32,), device)
+    _require(
+        group_size > 0 and K % group_size == 0,
+        lambda: f"{name}_group_size {group_size} does not divide {K}, the columns of {name}.",
+    )
+    groups = (*rows, K // group_size)
+    _tensor(f"{name}_scales", packed.scales, groups, _DTYPES, device)
+    if packed.zeros is not None:
+        _tensor(f"{name}_zeros", packed.zeros, groups, (torch.uint8, *_DTYPES), device)
+
+
+def _tokens(name: str, t: Tensor, dtypes: Sequence[torch.dtype], x: Tensor) -> None:
+    """A tensor of the tokens: two dimensions, as many rows as x. Its strides are free."""
+    _require(t.dtype in dtypes, lambda: f"{name} must be {_either(dtypes)}, it is {t.dtype}.")
+    _require(t.dim() == 2, lambda: f"{name} must have two dimensions, it is {_of(t)}.")
+    _require(t.shape[0] == x.shape[0], lambda: f"{name} must have a row for each of x {_of(x)}, it is {_of(t)}.")
+    _require(t.device == x.device, lambda: f"{name} is on {t.device}, x is on {x.device}.")
+
+
+def _tensor(name: str, t: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    _require(t.dtype in dtypes, lambda: f"{name} must be {_either(dtypes)}, it is {t.dtype}.")
+    _require(tuple(t.shape) == shape, lambda: f"{name} must be {list(shape)}, it is {_of(t)}.")
+    _require(t.device == device, lambda: f"{name} is on {t.device}, x is on {device}.")
+    _require(t.is_contiguous(), lambda: f"{name} must be contiguous, it has strides {list(t.stride())}.")
+
+
+def _either(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _of(t: Tensor) -> str:
+    return f"{_either((t.dtype,))} {list(t.shape)}"
+
+
+def _ids(call: _Call) -> int:
+    """How many ids there are."""
+    return call.w13_qweight.shape[0] if call.global_num_experts == -1 else call.global_num_experts
+
+
+# -- fake --------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("w4a16::moe", lib=LIB)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    _check(x, _Call(*rest))
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("w4a16::moe_grad", lib=LIB)
+def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(*rest)
+    _check_grad(grad, x, call)
+    return x.new_empty(x.shape), call.topk_weights.new_empty(call.topk_weights.shape)
+
+
+# -- implementation ----------------------------------------------------------------------------------------------------
+
+
+def _moe(x: Tensor, *rest: Any) -> Tensor:
+    call = _Call(*rest)
+    _check(x, call)
+    rows = _rows(call)
+    return kernels.load_moe(call.kernel).run(
+        x.contiguous(),
+        call.topk_weights.float().contiguous(),
+        rows,
+        call.w13,
+        call.w2,
+        call.w13_bias,
+        call.w2_bias,
+        call.mlp,
+        call.intermediate_size,
+        (call.w13_group_size, call.w2_group_size),
+    )
+
+
+def _rows(call: _Call) -> Tensor:
+    """topk_ids as rows of the weights, int32 and contiguous; negative where there is nothing to do.
+
+    Raises RuntimeError for an id that there is not, and for a row that there is not; not on a GPU, which would have to
+    wait for the values: there such a choice contributes nothing.
+    """
+    E = call.w13_qweight.shape[0]
+    rows = _within("topk_ids", call.topk_ids, _ids(call))
+    if call.expert_map is not None:
+        found = call.expert_map[rows.clamp(min=0)].where(rows >= 0, -1)
+        rows = _within("expert_map", found, E)
+    return rows.int().contiguous()
+
+
+def _within(name: str, values: Tensor, end: int) -> Tensor:
+    if values.device.type != "cpu":
+        return values.where((values >= 0) & (values < end), -1)
+    if values.numel():
+        low, high = (int(v) for v in values.aminmax())
+        wrong = low if low < -1 else high
+        _require(low >= -1 and high < end, lambda: f"{name} must be -1 or 0..{end - 1}, there is {wrong} in it.")
+    return values
+
+
+def _moe_grad(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from inductor_ext.kernels.reference_moe import Experts, gradient  # which imports this package
+
+    call = _Call(*rest)
+    _check_grad(grad, x, call)
+    kernel, reference = kernels.load_moe(call.kernel), kernels.load_moe("reference")
+    E = call.w13_qweight.shape[0]
+    w13, w2 = (reference.pack(kernel.unpack(packed), E) for packed in (call.w13, call.w2))
+    experts = Experts(w13, w2, call.w13_bias, call.w2_bias, call.mlp)
+    for_x, for_weights = gradient(grad, x, call.topk_weights.float().contiguous(), _rows(call), experts)
+    return for_x.to(x.dtype), for_weights.to(call.topk_weights.dtype)
+
+
+def _check_grad(grad: Tensor, x: Tensor, call: _Call) -> None:
+    _check(x, call)
+    _tokens("grad", grad, _DTYPES, x)
+    _require(grad.shape[1] == x.shape[1], lambda: f"grad must be as x {_of(x)}, it is {_of(grad)}.")
+
+
+LIB.impl("moe", _moe, "CompositeExplicitAutograd")
+LIB.impl("moe_grad", _moe_grad, "CompositeExplicitAutograd")
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+_TENSORS = 12
+"""The arguments of the op that are tensors: x, and of _Call those up to expert_map."""
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    names = [field.name for field in dataclasses.fields(_Call)]
+    for name, t in zip(names, inputs[1:_TENSORS], strict=False):
+        if name not in ("topk_weights", "topk_ids") and t is not None and t.requires_grad:
+            raise RuntimeError(
+                f"w4a16::moe gives no gradient to {name}, which requires one; only x and topk_weights can. Freeze it"
+                " (requires_grad_(False)), or call the op under torch.no_grad()."
+            )
+    ctx.settings = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *tensors = ctx.saved_tensors
+    for_x, for_weights = torch.ops.w4a16.moe_grad(grad, x, *tensors, *ctx.settings)
+    return (for_x, for_weights, *[None] * (len(tensors) - 1 + len(ctx.settings)))
+
+
+def _backward_grad(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "w4a16::moe has no second derivative: it can be differentiated once. Call backward without create_graph=True."
+    )
+
+
+torch.library.register_autograd("w4a16::moe", _backward, setup_context=_save, lib=LIB)
+torch.library.register_autograd("w4a16::moe_grad", _backward_grad, lib=LIB)
+
+moe = torch.ops.w4a16.moe.default
