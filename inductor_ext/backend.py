@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from inductor_ext import passes, prove, subclasses, weights
 from inductor_ext.capture import DynamoSite, Slot, clone
-from inductor_ext.examine import Proved, Strict, examine
+from inductor_ext.examine import Strict, examine
 from inductor_ext.options import Options, inductor_config, split
+from inductor_ext.proved import Weight
+from inductor_ext.recipes import ExpertRecipe, Recipe
 from inductor_ext.report import Report
 from inductor_ext.rewrite import rewrite
 
@@ -44,7 +46,7 @@ def w4a16(
     site.gm.recompile()
     if not proved:
         return _inductor(gm, example_inputs, config)
-    feeds = [_feed(site, p) for p in proved]
+    feeds = [_feed(site, weight, p.kernel) for p in proved for weight in p.weights]
     compiled = _inductor(site.gm, site.inputs, config)
     return _fed(compiled, feeds, own.strict, _original(gm, config))
 
@@ -56,11 +58,11 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, An
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What one op needs at every call: its stored tensors among the arguments, and how they were read when the graph
-    was rewritten."""
+    """What one weight of an op needs at every call: its stored tensors among the arguments, and how they were read when
+    the graph was rewritten."""
 
     slots: tuple[Slot, ...]
-    recipe: weights.Recipe
+    recipe: Recipe | ExpertRecipe
     kernel: str
     kind: weights.Kind
     frozen: tuple[bool, ...]
@@ -80,13 +82,13 @@ class Feed:
         return entry.tensors(self.kernel, sources)
 
 
-def _feed(site: DynamoSite, p: Proved) -> Feed:
-    if p.inside:
-        whole = site.slot(p.anchor.weight)
-        slots = tuple(dataclasses.replace(whole, parts=path) for path in p.parts)
+def _feed(site: DynamoSite, weight: Weight, kernel: str) -> Feed:
+    if weight.parts:
+        whole = site.slot(weight.leaves[0])
+        slots = tuple(dataclasses.replace(whole, parts=path) for path in weight.parts)
     else:
-        slots = tuple(site.slot(leaf) for leaf in p.cone.leaves)
-    return Feed(slots, p.recipe, p.kernel, p.entry.kind, tuple(not t.requires_grad for t in p.sources))
+        slots = tuple(site.slot(leaf) for leaf in weight.leaves)
+    return Feed(slots, weight.recipe, kernel, weight.entry.kind, tuple(not t.requires_grad for t in weight.sources))
 
 
 def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:

@@ -18,7 +18,7 @@ from torch._guards import Source, TracingContext
 
 from inductor_ext.kernels import Packed
 from inductor_ext.patterns.anchors import Anchor, anchors, meta
-from inductor_ext.patterns.cone import stored_integers
+from inductor_ext.patterns.cone import share, stored_integers
 from inductor_ext.weights import part
 
 
@@ -34,6 +34,9 @@ class Site(Protocol):
 
     def why_not_stored(self, node: fx.Node) -> str | None:
         """Why a placeholder or get_attr is nothing to rely on, or None."""
+
+    def seen(self, node: fx.Node) -> Any:
+        """The real tensor of a placeholder or get_attr, or else the fake one."""
 
     def attach(self, packed: Packed) -> list[fx.Node | None]:
         """Nodes that give the packed tensors in the graph."""
@@ -77,7 +80,13 @@ class Slot:
         return part(args[self.argument], self.parts)
 
 
-class DynamoSite:
+class _Seeing:
+    def seen(self: Site, node: fx.Node) -> Any:
+        stored = self.stored(node)
+        return meta(node) if stored is None else stored
+
+
+class DynamoSite(_Seeing):
     """A clone of Dynamo's graph, with the real tensors that it was called with."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -87,6 +96,7 @@ class DynamoSite:
         self.placeholders = self.graph.find_nodes(op="placeholder")
         self.inputs = list(example_inputs)
         self._position = {node: i for i, node in enumerate(self.placeholders)}
+        share(self.graph, lambda node: self.stored(node) is not None)
 
     def slot(self, node: fx.Node) -> Slot:
         if node.op == "get_attr":
@@ -154,7 +164,7 @@ def _held(source: Source | None) -> bool:
     return False
 
 
-class ConstantSite:
+class ConstantSite(_Seeing):
     """An ATen graph whose weights are attributes: what export and AOTInductor compile."""
 
     def __init__(self, graph: fx.Graph, loudness: int = logging.WARNING) -> None:

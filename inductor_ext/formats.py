@@ -146,15 +146,18 @@ class BitOrder:
         words = (pairs[:, 0] | (pairs[:, 1] << 4)).view(dtype)
         return words.view(rows, -1) if dim == 1 else words.view(-1, cols)
 
-    def gather(self, words: Tensor, dim: int, rows: int, cols: int, r: Tensor, c: Tensor) -> Tensor:
-        """int64: the codes at positions (r[i], c[i]) alone, for reading a few of them without unpacking all."""
+    def gather(
+        self, words: Tensor, dim: int, rows: int, cols: int, r: Tensor, c: Tensor, first: Tensor | int = 0
+    ) -> Tensor:
+        """int64: the codes at positions (r[i], c[i]) alone, for reading a few of them without unpacking all. ``first``
+        is the word at which the matrix begins."""
         p, block = len(self.order), self._block(cols if dim == 1 else rows)
         i = c if dim == 1 else r
         within = i % block
         word = i // block * (block // p) + within % (block // p)
         nibble = torch.tensor(_inverse(self.order), device=i.device)[within // (block // p)]
         flat = r * (cols // p) + word if dim == 1 else word * cols + c
-        return words.reshape(-1)[flat].long().bitwise_right_shift(4 * nibble) & 15
+        return words.reshape(-1)[first + flat].long().bitwise_right_shift(4 * nibble) & 15
 
 
 def _inverse(order: tuple[int, ...]) -> list[int]:

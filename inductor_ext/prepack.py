@@ -13,10 +13,10 @@ from torch._C._dynamo.eval_frame import reset_code
 
 from inductor_ext import kernels
 from inductor_ext.capture import DynamoSite
-from inductor_ext.examine import Proved
 from inductor_ext.kernels import Packed
 from inductor_ext.ops import linear
 from inductor_ext.options import Options
+from inductor_ext.proved import ProvedLinear
 from inductor_ext.report import Report
 from inductor_ext.rewrite import rewrite
 
@@ -74,14 +74,14 @@ class Prepacked(nn.Module):
         out: Tensor = linear(x, *p, bias, self._n, self._group_size, self._kernel)
         return out
 
-    def _become(self, p: Proved, names: Sequence[str], bias: str | None) -> None:
+    def _become(self, p: ProvedLinear, names: Sequence[str], bias: str | None) -> None:
         """Takes over a layer's state. ``names`` are its attributes that are the cone's leaves."""
         reading = p.recipe.reading
         codes = reading.codes.matrix.leaf
         self._recipe, self._names, self._bias, self._kernel = p.recipe, tuple(names), bias, p.kernel
         self._n, self._group_size = reading.N, reading.K // reading.groups
-        self._stored_like = torch.empty_like(p.sources[codes], device="meta")
-        for field, tensor in zip(Packed._fields, p.entry.pack(p.kernel, p.sources), strict=True):
+        self._stored_like = torch.empty_like(p.weight.sources[codes], device="meta")
+        for field, tensor in zip(Packed._fields, p.weight.pack(p.kernel), strict=True):
             # What needed no packing is another leaf's memory (scales): it is that leaf's to free.
             self.register_buffer(f"packed_{field}", tensor, persistent=False)
         (self._parameters if names[codes] in self._parameters else self._buffers).pop(names[codes])
@@ -139,8 +139,8 @@ def _convert(layer: nn.Module) -> None:
     site, p = _captured(layer)
     own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     name_of = {id(t): name for name, t in own.items()}
-    names = [name_of.get(id(t)) for t in p.sources]
-    if p.inside or any(name is None for name in names):
+    names = [name_of.get(id(t)) for t in p.weight.sources]
+    if p.weight.parts or any(name is None for name in names):
         raise NotPrepacked("its int4 tensors are not all parameters or buffers of its own")
     bias = None
     if p.anchor.bias is not None:
@@ -148,8 +148,8 @@ def _convert(layer: nn.Module) -> None:
         if bias is None:
             raise NotPrepacked("its bias is no parameter or buffer of its own")
     _require_linear(site.graph)
-    packed = p.entry.pack(p.kernel, p.sources)
-    if any(packed.qweight.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in p.sources):
+    packed = p.weight.pack(p.kernel)
+    if any(packed.qweight.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in p.weight.sources):
         raise NotPrepacked(f"the {p.kernel} kernel reads its layout as it is")
     layer.__class__ = Prepacked
     layer.__dict__.pop("forward", None)
@@ -157,13 +157,13 @@ def _convert(layer: nn.Module) -> None:
     converted._become(p, [name for name in names if name is not None], bias)
 
 
-def _captured(layer: Any) -> tuple[DynamoSite, Proved]:
+def _captured(layer: Any) -> tuple[DynamoSite, ProvedLinear]:
     """The layer's graph, rewritten. Raises NotPrepacked unless the layer is captured whole and has one int4 matmul."""
-    found: list[tuple[DynamoSite, list[Proved]]] = []
+    found: list[tuple[DynamoSite, list[ProvedLinear]]] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         site = DynamoSite(gm, inputs)
-        found.append((site, rewrite(site, Options(), report)))
+        found.append((site, [p for p in rewrite(site, Options(), report) if isinstance(p, ProvedLinear)]))
         return gm.forward
 
     report = Report()
@@ -184,7 +184,7 @@ def _captured(layer: Any) -> tuple[DynamoSite, Proved]:
         raise NotPrepacked(
             " ".join(reasons) or f"{sum(len(proved) for _, proved in found)} of its matmuls are int4, one is needed"
         )
-    site, proved = found[0]
+    site, proved = found.pop()  # torch.compile keeps the backend, and with it this list
     return site, proved[0]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.formats import PackedInt4
-from inductor_ext.patterns.cone import Program
+from inductor_ext.patterns.cone import Computes
 from inductor_ext.patterns.reading import NotCanonical, Reading
 
 
@@ -37,7 +37,7 @@ ORDERS: dict[str, Order] = {
 }
 
 
-def prove(program: Program, values: Sequence[Tensor], reading: Reading) -> tuple[PackedInt4, str]:
+def prove(program: Computes, values: Sequence[Tensor], reading: Reading) -> tuple[PackedInt4, str]:
     """The canonical form of the real stored tensors, and in words how it was proved equal to the cone. Raises
     NotProved."""
     with torch.no_grad():

@@ -1,17 +1,25 @@
-"""Rewriting a graph: one op in the place of each proved matmul, and what only that matmul needed taken out."""
+"""Rewriting a graph: one op in the place of each proved matmul or each layer's experts, and what only these needed
+taken out."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
 
 from inductor_ext.capture import Site
-from inductor_ext.examine import Proved, Subclass, examine
-from inductor_ext.ops import linear
+from inductor_ext.examine import Subclass, examine
+from inductor_ext.ops import linear, moe
 from inductor_ext.options import Options
 from inductor_ext.patterns.anchors import meta
 from inductor_ext.patterns.cone import is_assertion, is_write
+from inductor_ext.patterns.region import Region
+from inductor_ext.proved import Proved, ProvedExperts, ProvedLinear
 from inductor_ext.report import Report
+
+aten = torch.ops.aten
 
 
 def rewrite(site: Site, options: Options, report: Report, subclass: Subclass | None = None) -> list[Proved]:
@@ -22,40 +30,106 @@ def rewrite(site: Site, options: Options, report: Report, subclass: Subclass | N
     proved = examine(site, options, report, subclass)
     replaced: dict[fx.Node, fx.Node] = {}
     for p in proved:
-        _replace(site, p, replaced)
+        with site.graph.inserting_before(p.node):
+            if isinstance(p, ProvedExperts):
+                _replace_experts(site, p, replaced)
+            elif isinstance(p, ProvedLinear):
+                _replace_linear(site, p, replaced)
     _erase(site.graph, proved)
     return proved
 
 
-def _replace(site: Site, p: Proved, replaced: dict[fx.Node, fx.Node]) -> None:
-    """Puts the op in the anchor's place. Casts what autocast would have cast. ``replaced`` has the anchors before this
-    one."""
-    node = p.anchor.node
-    packed = site.attach(p.entry.pack(p.kernel, p.sources))
-    dtype, reading = meta(node).dtype, p.recipe.reading
-    with site.graph.inserting_before(node):
-        x, bias = (
-            _cast(site.graph, n if n is None else replaced.get(n, n), dtype) for n in (p.anchor.x, p.anchor.bias)
-        )
-        assert x is not None
-        new = site.graph.call_function(linear, (x, *packed, bias, reading.N, reading.K // reading.groups, p.kernel))
+def _replace_linear(site: Site, p: ProvedLinear, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Puts the op in the anchor's place. Casts what autocast would have cast. ``replaced`` has the nodes replaced
+    before."""
+    node, reading = p.node, p.recipe.reading
+    packed = site.attach(p.weight.pack(p.kernel))
+    x, bias = (
+        None if n is None else _cast(site.graph, replaced.get(n, n), meta(node).dtype)
+        for n in (p.anchor.x, p.anchor.bias)
+    )
+    assert x is not None
+    new = site.graph.call_function(linear, (x, *packed, bias, reading.N, reading.K // reading.groups, p.kernel))
     new.meta = dict(node.meta)
+    _put(site.graph, node, new, replaced)
+
+
+def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Puts the op in the place of the region's result; rows flattened before it, and its result shaped, cast and added
+    as the region did."""
+    graph, region, finding = site.graph, p.routed.region, p.routed.finding
+    dtype, out = meta(region.ups[0].readers[0]).dtype, region.out
+    x, ids, weights = (replaced.get(n, n) for n in (region.x, region.ids, region.weights))
+    x = _cast(graph, _shaped(graph, x, [-1, region.hidden]), dtype)
+    ids = _shaped(graph, ids, [-1, region.top_k])
+    if region.dense:
+        scores = _shaped(graph, weights, [-1, region.experts])
+        weights = _call(graph, aten.gather.default, scores, 1, _cast(graph, ids, torch.int64))
+    else:
+        weights = _shaped(graph, weights, [-1, region.top_k])
+    w13, w2 = (site.attach(weight.pack(p.kernel))[:3] for weight in p.weights)
+    b13 = [_bias(graph, region, i, dtype, rows.taken) for i, rows in zip(finding.w13_bias, finding.w13, strict=False)]
+    b13_all = None if not b13 else b13[0] if len(b13) == 1 else _call(graph, aten.cat.default, b13, 1)
+    b2 = None if finding.w2_bias is None else _bias(graph, region, finding.w2_bias, dtype, slice(0, region.hidden))
+    sizes = (finding.intermediate, *p.group_sizes)
+    settings = (*sizes, *dataclasses.astuple(finding.mlp), -1, p.kernel)
+    new = graph.call_function(moe, (x, weights, ids, *w13, b13_all, *w2, b2, None, *settings))
+    _has(new, torch.empty_like(meta(x)))  # not called: the packed weights' fake tensors are of another mode
+    new = _cast(graph, new, meta(out).dtype)
+    if meta(out).dim() != 2:
+        new = _call(graph, aten.view_as.default, new, replaced.get(region.x, region.x))
+    if region.base is not None:
+        new = _call(graph, aten.add.Tensor, replaced.get(region.base, region.base), new)
+    for key, value in out.meta.items():
+        new.meta.setdefault(key, value)
+    for alias in region.aliases:
+        for user in [user for user in alias.users if out < user]:
+            user.replace_input_with(alias, new)
+    _put(graph, out, new, replaced)
+
+
+def _bias(graph: fx.Graph, region: Region, place: int, dtype: torch.dtype, rows: slice) -> fx.Node:
+    """[E, n], or some of its columns."""
+    bias = region.biases[place]
+    whole = bias[0] if len(bias) == 1 else _call(graph, aten.stack.default, list(bias))
+    whole = _cast(graph, whole, dtype)
+    if rows.indices(meta(whole).shape[1]) == (0, meta(whole).shape[1], 1):
+        return whole
+    taken = _call(graph, aten.slice.Tensor, whole, 1, rows.start, rows.stop, rows.step)
+    return _call(graph, aten.clone.default, taken)
+
+
+def _put(graph: fx.Graph, node: fx.Node, new: fx.Node, replaced: dict[fx.Node, fx.Node]) -> None:
     node.replace_all_uses_with(new)
-    site.graph.erase_node(node)
+    graph.erase_node(node)
     replaced[node] = new
 
 
-def _cast(graph: fx.Graph, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
-    if node is None or meta(node).dtype == dtype:
-        return node
-    new = graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
-    new.meta = {key: value.to(dtype) if key in ("example_value", "val") else value for key, value in node.meta.items()}
+def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call, with the fake value that capture would have left on it."""
+    new = graph.call_function(target, args, kwargs)
+    _has(new, target(*fx.map_arg(args, meta), **fx.map_arg(kwargs, meta)))
     return new
 
 
+def _has(node: fx.Node, value: torch.Tensor) -> None:
+    node.meta["val" if any("val" in n.meta for n in node.all_input_nodes) else "example_value"] = value
+
+
+def _shaped(graph: fx.Graph, node: fx.Node, shape: list[int]) -> fx.Node:
+    value = meta(node)
+    if value.dim() == 2 and isinstance(value.shape[1], int) and value.shape[1] == shape[1]:
+        return node
+    return _call(graph, aten.reshape.default, node, shape)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if meta(node).dtype == dtype else _call(graph, aten.to.dtype, node, dtype)
+
+
 def _erase(graph: fx.Graph, proved: list[Proved]) -> None:
-    """Removes the cones, but for what the rest of the graph still reads."""
-    nodes = {node for p in proved if not p.inside for node in p.cone.nodes}
+    """Removes what the ops have made superfluous, but for what the rest of the graph still reads."""
+    nodes = {node for p in proved for node in p.inner}
     nodes |= {user for node in nodes for user in node.users if is_assertion(user)}
     order = [node for node in graph.nodes if node in nodes]
     kept = True

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-from inductor_ext import kernels, prove
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Packed
-from inductor_ext.patterns.cone import Program
-from inductor_ext.patterns.reading import Reading
+from inductor_ext.recipes import ExpertRecipe, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +31,11 @@ class Kind:
     permuted: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How stored tensors are read: the program to prove against, its signature, and the reading."""
-
-    program: Program
-    reading: Reading
-    token: str
-    """Equal for recipes that read alike: the program's signature and the reading, as one string."""
-
-
 class Entry:
     """A proved weight, its packed copies by kernel, and the state of the stored tensors from which they were made."""
 
-    def __init__(self, recipe: Recipe, sources: Sequence[Tensor]) -> None:
-        codes = recipe.reading.codes.matrix.leaf
+    def __init__(self, recipe: Recipe | ExpertRecipe, sources: Sequence[Tensor]) -> None:
+        codes = recipe.codes
         self.others = tuple(
             None if i == codes else t for i, t in enumerate(sources)
         )  # not the one that holds this entry
@@ -62,13 +50,13 @@ class Entry:
     def prove(self, sources: Sequence[Tensor]) -> None:
         """Proves the stored tensors as they are now, and packs again what was packed. Raises prove.NotProved."""
         state, before = _state(sources), getattr(self, "kind", None)
-        canonical, self.proof = prove.prove(self._recipe.program, sources, self._recipe.reading)
+        canonical, self.proof = self._recipe.prove(sources)
         zeros = "none" if canonical.zeros is None else "int" if canonical.zeros.dtype == torch.uint8 else "float"
         self.kind = Kind(canonical.scales.dtype, zeros, canonical.order is not None)
         if self.kind != before:
             self._packs.clear()
         for kernel, (packed, ours) in self._packs.items():
-            self._packs[kernel] = _allocated(_renewed(packed, ours, _pack(kernel, canonical)), sources)
+            self._packs[kernel] = _allocated(_renewed(packed, ours, self._packed(kernel, canonical)), sources)
         self._canonical = None if self._packs else canonical
         self.state = state
 
@@ -77,7 +65,7 @@ class Entry:
         stored tensor's own."""
         if kernel not in self._packs:
             with _disable_current_modes(), torch.no_grad():
-                packed = _pack(kernel, self._canonical or self._recipe.reading.canonical(sources))
+                packed = self._packed(kernel, self._canonical or self._recipe.canonical(sources))
             self._packs[kernel] = _allocated(packed, sources)
         self._canonical = None
         return self._packs[kernel][0]
@@ -86,13 +74,12 @@ class Entry:
         """What ``pack`` gives, without the absent ones."""
         return tuple(t for t in self.pack(kernel, sources) if t is not None)
 
-
-def _pack(kernel: str, canonical: PackedInt4) -> Packed:
-    packed = kernels.load(kernel).pack(canonical)
-    # A tensor that needed no packing is held as an alias, so that the stored tensor itself can die.
-    qweight, scales, zeros, order = (None if t is None else t.detach() for t in packed)
-    assert qweight is not None and scales is not None
-    return Packed(qweight, scales, zeros, order)
+    def _packed(self, kernel: str, canonical: PackedInt4) -> Packed:
+        packed = self._recipe.pack(kernel, canonical)
+        # A tensor that needed no packing is held as an alias, so that the stored tensor itself can die.
+        qweight, scales, zeros, order = (None if t is None else t.detach() for t in packed)
+        assert qweight is not None and scales is not None
+        return Packed(qweight, scales, zeros, order)
 
 
 def _allocated(packed: Packed, sources: Sequence[Tensor]) -> tuple[Packed, tuple[bool, ...]]:
@@ -139,12 +126,12 @@ def _entries(codes: Tensor) -> _Entries | None:
     return found if isinstance(found, _Entries) else None
 
 
-def entry(recipe: Recipe, sources: Sequence[Tensor]) -> Entry:
+def entry(recipe: Recipe | ExpertRecipe, sources: Sequence[Tensor]) -> Entry:
     """The entry of these stored tensors, proved as they are now.
 
     Raises prove.NotProved, when they are new or changed and are not what the reading says.
     """
-    codes = sources[recipe.reading.codes.matrix.leaf]
+    codes = sources[recipe.codes]
     entries = _entries(codes)
     found = None if entries is None else entries.get(recipe.token)
     if found is not None and found.is_of(sources):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from inductor_ext.patterns.anchors import Anchor, is_matmul, meta, name
@@ -28,6 +28,16 @@ _LIMIT = 512
 
 class NotACone(Exception):
     """Why the computation of a weight operand cannot be taken out of the graph. The message is a sentence."""
+
+
+class Computes(Protocol):
+    """A weight's computation, free of the graph it was found in."""
+
+    def run(self, values: Sequence[Tensor]) -> Tensor:
+        """[N, K] for the leaves' tensors, which are not written to."""
+
+    def signature(self, values: Sequence[Tensor]) -> str:
+        """A hash of what is computed, and of the leaves' shapes and dtypes."""
 
 
 class Program:
@@ -49,16 +59,19 @@ class Program:
         graph.output(copies[out])
         names = {node: i for i, node in enumerate((*leaves, *nodes))}
         names |= {node: names[same[node.target]] for node in aliases}
-        lines = [f"{_target(node)} {_described(node, names)}" for node in nodes]
+        lines = [described(node, lambda n: f"%{names[n]}") for node in nodes]
         self._structure = "\n".join((*lines, f"{names[out]} {kn}"))
-        self._module, self._kn = fx.GraphModule({}, graph), kn
+        self._module, self.kn = fx.GraphModule({}, graph), kn
 
     def run(self, values: Sequence[Tensor]) -> Tensor:
-        """The weight [N, K] for these leaf values, which are not written to."""
+        """The weight [N, K] for these leaf values, which are not written to; of several experts, all their rows."""
+        return rows(self.call(values), self.kn)
+
+    def call(self, values: Sequence[Any]) -> Tensor:
+        """What the node itself gives, for the values of all inputs."""
         with _disable_current_modes(), torch.no_grad():
-            weight = self._module(*values)
-        matrix: Tensor = weight.reshape(weight.shape[-2:])
-        return matrix.t() if self._kn else matrix
+            weight: Tensor = self._module(*values)
+        return weight
 
     def signature(self, values: Sequence[Tensor]) -> str:
         """A hash of what is computed: the operations and constants, and the leaves' shapes and dtypes.
@@ -69,6 +82,13 @@ class Program:
         return hashlib.sha256("\n".join((*leaves, self._structure)).encode()).hexdigest()
 
 
+def rows(weight: Tensor, kn: bool) -> Tensor:
+    """[..., N, K], or [..., K, N] if kn, as [rows, K]."""
+    if kn:
+        weight = weight.transpose(-2, -1)
+    return weight.reshape(-1, weight.shape[-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Cone:
     """The nodes (in graph order) and leaves behind an anchor's weight operand."""
@@ -76,23 +96,24 @@ class Cone:
     nodes: tuple[fx.Node, ...]
     leaves: tuple[fx.Node, ...]
     program: Program
+    given: tuple[fx.Node, ...] = ()
 
 
-class _Name:
+class _Label:
     """Stands for a node in the printed arguments."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, text: str) -> None:
+        self.text = text
 
     def __repr__(self) -> str:
-        return f"%{self.index}"
+        return self.text
 
 
-def _described(node: fx.Node, names: Mapping[fx.Node, int]) -> str:
-    """The arguments, with nodes by number: what is the same in two graphs is the same text."""
+def described(node: fx.Node, label: Callable[[fx.Node], str]) -> str:
+    """A call as text, with labels for its arguments: what is the same in two graphs is the same text."""
     arguments: Any = (node.args, node.kwargs)
-    stand_in: Callable[[fx.Node], Any] = lambda n: _Name(names[n])  # noqa: E731
-    return repr(fx.map_arg(arguments, stand_in))
+    stand_in: Callable[[fx.Node], Any] = lambda n: _Label(label(n))  # noqa: E731
+    return f"{_target(node)} {fx.map_arg(arguments, stand_in)!r}"
 
 
 def _target(node: fx.Node) -> str:
@@ -112,14 +133,30 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
     Raises NotACone with the reason: an activation takes part, a stored tensor is written to, a random or unknown
     operation, ...
     """
+    return cone_of(anchor.weight, anchor.node, anchor.kn, why_not_leaf)
+
+
+def cone_of(
+    weight: fx.Node,
+    before: fx.Node,
+    kn: bool,
+    why_not_leaf: Callable[[fx.Node], str | None],
+    given: Callable[[fx.Node], bool] = lambda node: False,
+) -> Cone:
+    """The cone of a node's value as it is when ``before`` reads it. Nodes that are ``given`` are further inputs of the
+    program, after the leaves."""
     inside: set[fx.Node] = set()
     at_leaves: set[fx.Node] = set()
-    todo = [anchor.weight]
+    inputs: set[fx.Node] = set()
+    todo = [weight]
     while todo:
         node = todo.pop()
         if node in inside or node in at_leaves:
             continue
-        writes = [write for write in _writes(node) if write < anchor.node]  # nodes compare by their place in the graph
+        if given(node):
+            inputs.add(node)
+            continue
+        writes = [write for write in _writes(node) if write < before]  # nodes compare by their place in the graph
         if node.op in ("placeholder", "get_attr"):
             if (reason := why_not_leaf(node)) is not None:
                 raise NotACone(reason)
@@ -127,7 +164,7 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
                 raise NotACone(f"the stored tensor {node.name} is written to in the graph")
             at_leaves.add(node)
             continue
-        if (reason := _why_not_inside(node)) is not None:
+        if (reason := why_not_inside(node)) is not None:
             raise NotACone(reason)
         inside.add(node)
         if len(inside) > _LIMIT:
@@ -139,10 +176,11 @@ def cone(anchor: Anchor, why_not_leaf: Callable[[fx.Node], str | None]) -> Cone:
     first = {leaf.target: leaf for leaf in reversed(ends) if leaf.op == "get_attr"}
     leaves = tuple(leaf for leaf in ends if first.get(leaf.target, leaf) is leaf)
     aliases = [leaf for leaf in ends if leaf not in leaves]
-    return Cone(nodes, leaves, Program(anchor.weight, nodes, leaves, aliases, anchor.kn))
+    program = Program(weight, nodes, (*leaves, *sorted(inputs)), aliases, kn)
+    return Cone(nodes, leaves, program, tuple(sorted(inputs)))
 
 
-def _why_not_inside(node: fx.Node) -> str | None:
+def why_not_inside(node: fx.Node) -> str | None:
     if node.op not in ("call_function", "call_method"):
         return f"the operation {node.name} ({node.op}) takes part in its computation"
     if is_matmul(node):
@@ -150,12 +188,12 @@ def _why_not_inside(node: fx.Node) -> str | None:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return f"a higher-order operation ({node.name}) takes part in its computation"
     tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or name(node) in _RANDOM:
+    if torch.Tag.nondeterministic_seeded in tags or name(node) in RANDOM:
         return f"a random operation ({node.name}) takes part in its computation"
     return None
 
 
-_RANDOM = {
+RANDOM = {
     "rand",
     "randn",
     "randint",
@@ -172,7 +210,7 @@ _WRITES = {
     *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv),
     *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
 }
-_VIEWS = {
+VIEWS = {
     *("view", "reshape", "view_as", "getitem", "getattr", "narrow", "select", "slice", "unbind", "split", "chunk"),
     *("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "movedim", "expand", "detach", "data"),
     *("unsqueeze", "squeeze", "flatten", "unflatten"),
@@ -181,15 +219,16 @@ _VIEWS = {
 
 def is_write(node: fx.Node) -> bool:
     """Whether a node writes into one of its arguments."""
-    return bool(_written(node))
+    return bool(written(node))
 
 
 def is_assertion(node: fx.Node) -> bool:
-    """Whether a node only states a tensor's dtype and device, as export has it after casts. It goes with the tensor."""
-    return name(node) == "_assert_tensor_metadata"
+    """Whether a node only states something about a tensor or a size (its dtype and device after casts, as export has
+    it; the range of a size that depends on data). It goes with what it speaks of."""
+    return name(node) in ("_assert_tensor_metadata", "_assert_scalar")
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a node writes into."""
     if node.op not in ("call_function", "call_method"):
         return []
@@ -199,7 +238,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
             *zip(schema, node.args, strict=False),
             *((a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs),
         ]
-        written = [value for a, value in values if a.alias_info is not None and a.alias_info.is_write]
+        targets = [value for a, value in values if a.alias_info is not None and a.alias_info.is_write]
     else:
         called = (
             "" if getattr(node.target, "__module__", "") == "_operator" else name(node)
@@ -209,8 +248,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
             or node.kwargs.get("inplace") is True
             or (called.endswith("_") and not called.endswith("__"))
         )
-        written = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
-    return [n for n in written if isinstance(n, fx.Node)]
+        targets = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
+    return [n for n in targets if isinstance(n, fx.Node)]
 
 
 def _writes(node: fx.Node) -> Iterable[fx.Node]:
@@ -221,10 +260,10 @@ def _writes(node: fx.Node) -> Iterable[fx.Node]:
         for user in alias.users:
             if user in seen:
                 continue
-            written = alias in _written(user)
-            if written:
+            writes = alias in written(user)
+            if writes:
                 yield user
-            if written or name(user) in _VIEWS:
+            if writes or name(user) in VIEWS:
                 seen.add(user)
                 todo.append(user)
 
@@ -237,7 +276,7 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
     gives a leaf's tensor, real or fake.
     """
     weight = meta(out)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or not all(isinstance(n, int) for n in weight.shape[-2:]):
         return []
     elements = weight.shape[-1] * weight.shape[-2]
     found: list[fx.Node] = []
@@ -260,3 +299,28 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
 
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}
+
+
+def share(graph: fx.Graph, is_stored: Callable[[fx.Node], bool]) -> None:
+    """Computes what depends on stored tensors alone once, where a graph has it several times.
+
+    A module that dequantises its experts in a property does so for every expert that is looked up.
+    """
+    first: dict[str, fx.Node] = {}
+    label: dict[fx.Node, str] = {}
+    for node in list(graph.nodes):
+        if node.op in ("placeholder", "get_attr"):
+            if is_stored(node) and not any(_writes(node)):
+                label[node] = f"{node.op} {node.target}"
+        elif (
+            all(n in label for n in node.all_input_nodes)
+            and why_not_inside(node) is None
+            and not written(node)
+            and not any(_writes(node))
+        ):
+            text = described(node, label.__getitem__)
+            if (same := first.setdefault(text, node)) is node:
+                label[node] = f"%{len(first)}"
+            else:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)

@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from inductor_ext.patterns.cone import Program
+from inductor_ext.patterns.cone import Computes
 from inductor_ext.patterns.recognise import PACKED, Probe, Roles, code_range, neutral_zeros
 from torch import Tensor
 
 
-def diagnose(program: Program, values: Sequence[Tensor], attempts: Sequence[Roles], N: int, K: int) -> str:
+def diagnose(program: Computes, values: Sequence[Tensor], attempts: Sequence[Roles], N: int, K: int) -> str:
     if not attempts:
         return _no_roles(values, N, K)
     for attempt in attempts:

@@ -37,6 +37,8 @@ class Matrix:
     """The packed dimension of the stored matrix."""
     broadcast: bool = False
     """One value for the whole matrix."""
+    experts: int = 1
+    """The leaf holds so many matrices, one after the other; their rows together are the N rows."""
 
     def _stored(self, N: int, cols: int) -> tuple[int, int]:
         """The stored matrix's shape in values. A packed dimension may be padded up to whole words."""
@@ -46,14 +48,18 @@ class Matrix:
         return shape[0], shape[1]
 
     def fits(self, leaf: Tensor, N: int, cols: int) -> bool:
-        rows, columns = self._stored(N, cols)
+        rows, columns = self._stored(N // self.experts, cols)
+        values = self.experts * rows * columns
         if self.order is None:
-            return leaf.numel() == (1 if self.broadcast else rows * columns)
+            return leaf.numel() == (1 if self.broadcast else values)
         whole = self.order.fits((rows, columns)[self.dim]) and nibbles_per_word(leaf.dtype) == len(self.order.order)
-        return whole and leaf.numel() * len(self.order.order) == rows * columns
+        return whole and leaf.numel() * len(self.order.order) == values
 
     def read(self, leaf: Tensor, N: int, cols: int) -> Tensor:
         """[N, cols]: uint8 nibbles if packed, else the leaf's own values, as a view where that is possible."""
+        if self.experts > 1:
+            each = dataclasses.replace(self, experts=1)
+            return torch.cat([each.read(part, N // self.experts, cols) for part in leaf.reshape(self.experts, -1)])
         rows, columns = self._stored(N, cols)
         if self.broadcast:
             return leaf.reshape(1, 1).expand(N, cols)
@@ -63,6 +69,9 @@ class Matrix:
 
     def write(self, values: Tensor, leaf: Tensor) -> Tensor:
         """The inverse of ``read``: a new leaf like this one from [N, cols] nibbles (if packed) or values."""
+        if self.experts > 1:
+            each, part = dataclasses.replace(self, experts=1), leaf.reshape(self.experts, -1)[0]
+            return torch.stack([each.write(v, part) for v in values.chunk(self.experts)]).reshape(leaf.shape)
         stored = values.t() if self.transposed else values
         if self.order is not None:
             return self.order.pack(stored, self.dim, leaf.dtype).reshape(leaf.shape)
@@ -70,23 +79,30 @@ class Matrix:
 
     def sample(self, leaf: Tensor, N: int, cols: int, n: Tensor, c: Tensor) -> Tensor:
         """The values at positions (n[i], c[i]) alone."""
-        rows, columns = self._stored(N, cols)
-        r, c = (c, n) if self.transposed else (n, c)
+        rows, columns = self._stored(N // self.experts, cols)
         if self.broadcast:
             return leaf.reshape(-1).expand(n.numel())
+        expert, n = n // (N // self.experts), n % (N // self.experts)
+        r, c = (c, n) if self.transposed else (n, c)
+        first = expert * (leaf.numel() // self.experts)
         if self.order is None:
-            return leaf.reshape(-1)[r * columns + c]
-        return self.order.gather(leaf, self.dim, rows, columns, r, c)
+            return leaf.reshape(-1)[first + r * columns + c]
+        return self.order.gather(leaf, self.dim, rows, columns, r, c, first)
 
 
-def matrices(leaf: int, value: Tensor, N: int, cols: int) -> Iterator[Matrix]:
-    """Every layout in which this leaf could hold an [N, cols] matrix, likelier ones first."""
+def matrices(leaf: int, value: Tensor, N: int, cols: int, experts: int = 1) -> Iterator[Matrix]:
+    """Every layout in which this leaf could hold an [N, cols] matrix, or one for each expert, likelier ones first."""
     packed = BIT_ORDERS.get(value.dtype, ())
     candidates = [
         Matrix(leaf, transposed, order, dim) for order in packed for transposed in (False, True) for dim in (1, 0)
     ]
     candidates += [Matrix(leaf, False), Matrix(leaf, True), Matrix(leaf, False, broadcast=True)]
-    yield from (m for m in candidates if m.fits(value, N, cols))
+    for m in candidates:
+        # Rows that are stored one after the other are so over all experts: to read them in one go costs no copy.
+        apart = m.transposed or (m.order is not None and m.dim == 0)
+        m = dataclasses.replace(m, experts=experts if apart else 1)
+        if m.fits(value, N, cols):
+            yield m
 
 
 @dataclasses.dataclass(frozen=True)

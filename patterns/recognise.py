@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from inductor_ext.patterns.cone import Program
+from inductor_ext.patterns.cone import Computes
 from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 from torch import Tensor
 
@@ -37,12 +37,13 @@ class Roles:
     zeros: int | None
     index: Index | None
     groups: int
+    experts: int = 1
 
 
 class Probe:
     """A cone's program and the tensors that it is run on next."""
 
-    def __init__(self, program: Program, values: Sequence[Tensor], roles: Roles, columns: int) -> None:
+    def __init__(self, program: Computes, values: Sequence[Tensor], roles: Roles, columns: int) -> None:
         self.columns = columns
         self.program, self.roles, self.values = program, roles, list(values)
         self.random = torch.Generator().manual_seed(0x34613136)
@@ -91,15 +92,15 @@ def _random_bits(leaf: Tensor, random: torch.Generator) -> Tensor:
     return drawn.view(leaf.dtype).reshape(leaf.shape).to(leaf.device)
 
 
-def recognise(program: Program, values: Sequence[Tensor], N: int, K: int) -> Reading:
-    """The reading of a cone that computes [N, K]. ``values`` are the leaves' stored tensors, of which only shapes,
-    dtypes, tables and integer ranges are used.
+def recognise(program: Computes, values: Sequence[Tensor], N: int, K: int, experts: int = 1) -> Reading:
+    """The reading of a cone that computes [N, K], the rows of all experts if there are several. ``values`` are the
+    leaves' stored tensors, of which only shapes, dtypes, tables and integer ranges are used.
 
     Raises NotRecognised.
     """
     if K % 8 or N == 0 or K == 0:
         raise NotRecognised(f"its K={K} is no multiple of 8")
-    attempts = list(roles(values, N, K))
+    attempts = list(roles(values, N, K, experts))
     for attempt in attempts:
         reading = _read(Probe(program, values, attempt, K), N, K)
         if reading is not None:
@@ -109,26 +110,27 @@ def recognise(program: Program, values: Sequence[Tensor], N: int, K: int) -> Rea
     raise NotRecognised(diagnose(program, values, attempts, N, K))
 
 
-def roles(values: Sequence[Tensor], N: int, K: int) -> Iterator[Roles]:
+def roles(values: Sequence[Tensor], N: int, K: int, experts: int = 1) -> Iterator[Roles]:
     """The assignments of roles to leaves that sizes and value ranges allow."""
     integers = [i for i, v in enumerate(values) if not v.dtype.is_floating_point]
     floats = [i for i, v in enumerate(values) if v.dtype.is_floating_point]
     for codes in (
-        i for i in integers if any(matrices(i, values[i], N, K)) and code_range(values[i], N * K) is not None
+        i for i in integers if any(matrices(i, values[i], N, K, experts)) and code_range(values[i], N * K) is not None
     ):
         for scales in floats:
             groups = max(1, values[scales].numel() // N)
-            if K % groups or not any(matrices(scales, values[scales], N, groups)):
+            if K % groups or not any(matrices(scales, values[scales], N, groups, experts)):
                 continue
             rest = [i for i in (*integers, *floats) if i not in (codes, scales)]
             index = next((found for i in rest if (found := _index(i, values[i], K, groups)) is not None), None)
-            zeros = [i for i in rest if (index is None or i != index.leaf) and any(matrices(i, values[i], N, groups))]
+            taken = None if index is None else index.leaf
+            zeros = [i for i in rest if i != taken and any(matrices(i, values[i], N, groups, experts))]
             if set(floats) - {scales} <= set(zeros):
                 for zero in sorted(zeros, key=lambda i: -values[i].numel()):
                     if set(floats) <= {scales, zero}:
-                        yield Roles(codes, scales, zero, index, groups)
+                        yield Roles(codes, scales, zero, index, groups, experts)
                 if set(floats) == {scales}:
-                    yield Roles(codes, scales, None, index, groups)
+                    yield Roles(codes, scales, None, index, groups, experts)
 
 
 def _index(leaf: int, value: Tensor, K: int, groups: int) -> Index | None:
@@ -203,7 +205,7 @@ def _scale_maps(probe: Probe, at: _Samples, w: Tensor, N: int, K: int) -> Iterat
     r, leaf = probe.roles, probe.values[probe.roles.scales]
     for index in dict.fromkeys((r.index, None)):
         _, group = at.columns(probe, index, r.groups)
-        for scales in matrices(r.scales, leaf, N, r.groups):
+        for scales in matrices(r.scales, leaf, N, r.groups, r.experts):
             v = w / scales.sample(leaf, N, r.groups, at.n, group)
             if bool((2 * v == (2 * v).round()).all()) and bool((v.abs() <= 40).all()):
                 yield scales, index
@@ -214,7 +216,7 @@ def _code_maps(
 ) -> Iterator[tuple[Codes, float]]:
     """Where the codes are, such that v = code - base; base is the constant zero, or what neutral zeros amount to."""
     leaf = probe.values[probe.roles.codes]
-    for matrix in matrices(probe.roles.codes, leaf, N, K):
+    for matrix in matrices(probe.roles.codes, leaf, N, K, probe.roles.experts):
         raw = matrix.sample(leaf, N, K, at.n, column).long() - (0 if matrix.order is not None else low)
         for book, table in CODE_BOOKS.items():
             base = torch.tensor(table, device=raw.device)[raw] - v
@@ -241,7 +243,7 @@ def _zero_maps(probe: Probe, at: _Samples, known: Reading) -> Iterator[Zeros]:
     matrix, low = known.codes.matrix, known.codes.low
     raw = matrix.sample(values[r.codes], N, K, at.n, column).long() - low
     code = torch.tensor(CODE_BOOKS[known.codes.book], device=raw.device)[raw]
-    for m in matrices(r.zeros, drawn, N, groups):
+    for m in matrices(r.zeros, drawn, N, groups, r.experts):
         base: float | Tensor
         z = m.sample(drawn, N, groups, at.n, group)
         if drawn.dtype.is_floating_point:

@@ -1,0 +1,78 @@
+"""What trials cannot settle: operations in a region that act on some values only.
+
+A trial shows what a region does with the values that it is given. A clamp at a million, or a limit on the tokens of an
+expert, would not show; so a region that has such an operation is left alone, unless it is part of a known activation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from inductor_ext.patterns.anchors import meta, name
+from inductor_ext.patterns.cone import RANDOM
+from inductor_ext.patterns.region import Region
+from torch import Tensor, fx
+
+from inductor_ext.kernels import Mlp
+
+_CLAMPS = {"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum"}
+_SELECTIVE = {
+    *("where", "masked_fill", "masked_fill_", "abs", "abs_", "sign", "round", "floor", "ceil", "trunc", "nan_to_num"),
+    *("topk", "sort", "max", "min", "amax", "amin", "relu6", "threshold", "hardshrink", "softshrink", "fmod", "frac"),
+    *("hardsigmoid", "hardswish", "remainder", "quantize_per_tensor", "fake_quantize_per_tensor_affine", "heaviside"),
+}
+_ORDER = {"lt", "le", "gt", "ge", "less", "greater", "less_equal", "greater_equal", "__lt__", "__le__", "__gt__"}
+_NARROW = tuple(dtype for n in dir(torch) if n.startswith(("float8", "float4")) for dtype in [getattr(torch, n)])
+
+
+def why_not_tried(region: Region, ahead: set[fx.Node]) -> str | None:
+    """Which operation of a region a trial would not show, as a sentence; None if there is none. ``ahead`` is what
+    depends on the experts' weights."""
+    for node in region.nodes:
+        called = name(node)
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or called in RANDOM:
+            return f"a random operation ({node.name}) takes part in its computation"
+        if any(dtype in _NARROW for dtype in _dtypes(node)):
+            return f"it rounds to fewer bits than a kernel would ({node.name})"
+        on_values = node in ahead and _is_float(node)
+        if on_values and called in _SELECTIVE and not (called == "where" and len(node.args) < 3):
+            return f"it treats some values in another way ({node.name})"
+        if not on_values and called in _CLAMPS and not _beyond(node, region):
+            return f"it limits something ({node.name})"
+        if called in _ORDER and any(bound != 0 for bound in _numbers(node)):
+            return f"it compares something with a limit ({node.name})"
+    return None
+
+
+def why_not_these_clamps(region: Region, ahead: set[fx.Node], mlp: Mlp) -> str | None:
+    """Whether the clamps of a region are those of this activation."""
+    allowed: set[float] = {0.0} if mlp.activation == "relu" else set()
+    if mlp.activation == "swigluoai" and mlp.limit is not None:
+        allowed = {mlp.limit, -mlp.limit}
+    for node in region.nodes:
+        if node in ahead and name(node) in _CLAMPS and not set(_numbers(node)) <= allowed:
+            return f"it clamps values where no activation that is known does ({node.name})"
+    return None
+
+
+def _beyond(node: fx.Node, region: Region) -> bool:
+    """Whether a clamp leaves experts' indices as they are."""
+    bounds = _numbers(node)
+    return bool(bounds) and all(bound <= 0 or bound >= region.experts - 1 for bound in bounds)
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    given = (*node.args, *node.kwargs.values())
+    return [float(a) for a in given if isinstance(a, (int, float)) and not isinstance(a, bool)]
+
+
+def _dtypes(node: fx.Node) -> list[Any]:
+    value = meta(node)
+    own = [value.dtype] if isinstance(value, Tensor) else []
+    return own + [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = meta(node)
+    return not isinstance(value, Tensor) or value.dtype.is_floating_point
