@@ -1,4 +1,8 @@
-"""Writes W4A16 checkpoints with random weights, as compressed-tensors itself writes them: for demo and tests."""
+"""Writes W4A16 checkpoints with random weights, as compressed-tensors itself writes them: for demo and tests.
+
+transformers has the experts of a layer in one module; quantised checkpoints hold linear layers for every expert, as
+tools write them that split that module before they quantise.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,13 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+OLD = ("mixtral", "minimax_m2")
+"""Models whose files have old names: `block_sparse_moe.experts.0.w1`, where others have `mlp.experts.0.gate_proj`."""
+TRANSPOSED = ("Llama4TextExperts",)
+"""Experts that hold W^T."""
 
 
 def write_compressed_tensors(
@@ -39,8 +48,7 @@ def write_compressed_tensors(
     targets, ignore: which modules are quantised, by compressed-tensors' rules.
     dtype: of the scales and of everything that is not quantised.
     """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = random_model(config, dtype, seed)
     strategy = "channel" if group_size is None else "group"
     weights = QuantizationArgs(num_bits=4, symmetric=symmetric, strategy=strategy, group_size=group_size)
     scheme = QuantizationScheme(targets=list(targets), weights=weights)
@@ -55,6 +63,35 @@ def write_compressed_tensors(
             compress_module(module)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     ModelCompressor.from_pretrained_model(model).update_config(str(folder))
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
+    """A causal language model with random weights, biases of its routers too; each expert has its own linear layers."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    gate, up, down = ("w1", "w3", "w2") if config.model_type in OLD else ("gate_proj", "up_proj", "down_proj")
+    for path, module in fused_experts(model):
+        experts = nn.ModuleList()
+        turn = type(module).__name__ in TRANSPOSED
+        for gate_up, last in zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True):
+            first, second = (gate_up.t() if turn else gate_up).chunk(2)
+            expert = nn.Module()
+            for name, weight in ((gate, first), (up, second), (down, last.t() if turn else last)):
+                linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+                linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+                setattr(expert, name, linear)
+            experts.append(expert)
+        model.set_submodule(path, experts)
+    return model
+
+
+def fused_experts(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that hold the weights of several experts, with their paths."""
+    modules = [(path, module) for path, module in model.named_modules() if hasattr(module, "down_proj")]
+    return [(path, module) for path, module in modules if isinstance(module.down_proj, nn.Parameter)]
 
 
 def decompress(folder: Path) -> dict[str, Tensor]:
@@ -72,10 +109,23 @@ def decompress(folder: Path) -> dict[str, Tensor]:
 
 
 def dense_model(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """The plain transformers model of a checkpoint's config.json, with these tensors, rounded to `dtype` once."""
+    """The plain transformers model of a checkpoint's config.json, with these tensors, rounded to `dtype` once.
+
+    tensors: by the names in the checkpoint's files, a matrix for each linear layer of each expert.
+    """
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tensors = {name.replace(".block_sparse_moe.", ".mlp."): tensor for name, tensor in tensors.items()}
+    for path, module in fused_experts(model):
+        w = [f"{path}.{expert}.%s.weight" for expert in range(module.num_experts)]
+        gate, up, down = (
+            torch.stack([tensors.pop(p % new) if p % new in tensors else tensors.pop(p % old) for p in w])
+            for new, old in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+        )
+        gate_up, turn = torch.cat((gate, up), 1), type(module).__name__ in TRANSPOSED
+        tensors[f"{path}.gate_up_proj"] = gate_up.transpose(1, 2) if turn else gate_up
+        tensors[f"{path}.down_proj"] = down.transpose(1, 2) if turn else down
     missing, surplus = model.load_state_dict(tensors, strict=False)
     if surplus or (missing and not (missing == ["lm_head.weight"] and config.tie_word_embeddings)):
         raise ValueError(f"These tensors do not fill {type(model).__name__}: {missing} are missing, {surplus} surplus.")

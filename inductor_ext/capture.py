@@ -172,6 +172,7 @@ class ConstantSite(_Seeing):
         self.loudness = loudness
         self.training = False
         self.gm, self.graph = graph.owning_module, graph
+        share(graph, lambda node: self.stored(node) is not None)
 
     def stored(self, node: fx.Node) -> Tensor | None:
         return _attribute(self.gm, node) if self.why_not_stored(node) is None else None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import guard_or_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from inductor_ext import oracle, verdicts, weights
@@ -195,7 +195,7 @@ def _stays(p: Proved, staying: set[fx.Node]) -> fx.Node | None:
     for weight in p.weights:
         for node in weight.nodes:
             value = meta(node)
-            if not isinstance(value, Tensor) or guard_or_true(value.numel() >= weight.recipe.elements):
+            if not isinstance(value, Tensor) or not statically_known_true(value.numel() < weight.recipe.elements):
                 for user in node.users:
                     if user in staying:
                         return user

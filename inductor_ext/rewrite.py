@@ -62,6 +62,8 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
     x, ids, weights = (replaced.get(n, n) for n in (region.x, region.ids, region.weights))
     x = _cast(graph, _shaped(graph, x, [-1, region.hidden]), dtype)
     ids = _shaped(graph, ids, [-1, region.top_k])
+    if region.repeats:
+        ids = _from_anywhere(graph, ids, region)
     if region.dense:
         scores = _shaped(graph, weights, [-1, region.experts])
         weights = _call(graph, aten.gather.default, scores, 1, _cast(graph, ids, torch.int64))
@@ -86,6 +88,16 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
         for user in [user for user in alias.users if out < user]:
             user.replace_input_with(alias, new)
     _put(graph, out, new, replaced)
+
+
+def _from_anywhere(graph: fx.Graph, ids: fx.Node, region: Region) -> fx.Node:
+    """Ids that no topk gave may be negative. The op would skip -1; ``W[-1]`` is the last expert, and what else is
+    negative is made an error, as an id beyond the last expert is."""
+    if region.gathers:
+        from_end = _call(graph, aten.add.Tensor, ids, region.experts)
+        ids = _call(graph, aten.where.self, _call(graph, aten.lt.Scalar, ids, 0), from_end, ids)
+    beyond = _call(graph, aten.full_like.default, ids, region.experts)
+    return _call(graph, aten.where.self, _call(graph, aten.lt.Scalar, ids, 0), beyond, ids)
 
 
 def _bias(graph: fx.Graph, region: Region, place: int, dtype: torch.dtype, rows: slice) -> fx.Node:
@@ -130,7 +142,13 @@ def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _erase(graph: fx.Graph, proved: list[Proved]) -> None:
     """Removes what the ops have made superfluous, but for what the rest of the graph still reads."""
     nodes = {node for p in proved for node in p.inner}
-    nodes |= {user for node in nodes for user in node.users if is_assertion(user)}
+    said: set[fx.Node] = set()  # what only states something, and what only that needs
+    for node in reversed(graph.nodes):
+        if is_assertion(node) or (node.users and said.issuperset(node.users) and not is_write(node)):
+            said.add(node)
+    for node in graph.nodes:
+        if node in said and not nodes.isdisjoint(node.all_input_nodes):
+            nodes.add(node)
     order = [node for node in graph.nodes if node in nodes]
     kept = True
     while kept:

@@ -93,6 +93,7 @@ _MATMULS = {
         "convolution",
         "_grouped_mm",
         "grouped_mm",
+        "grouped_mm_fallback",
     ),
 }
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from inductor_ext.patterns.anchors import meta, name
-from inductor_ext.patterns.cone import VIEWS, described, is_assertion
+from inductor_ext.patterns.cone import VIEWS, described
 from inductor_ext.patterns.experts import Cut, is_index, is_size, selecting
 from inductor_ext.patterns.flow import Flow
 from torch import Tensor, fx
@@ -142,7 +142,7 @@ class Proposals:
                         yield node
                 elif last is not None:
                     self.refuse(1, f"an intermediate of its experts, {last.name}, has another user")
-            ends = [self.position[u] for u in self.flow.users(node) if not is_assertion(u)]
+            ends = [self.position[u] for u in self.flow.users(node) if u in self.flow.live]
             if ends and max(ends) > reach:
                 reach, last = max(ends), node
 
@@ -160,6 +160,16 @@ class Proposals:
                     ):
                         yield node
                     node = self._back(node)
+
+    def expands(self, x: fx.Node) -> bool:
+        """Whether x is made of a tensor with fewer rows, each standing for several: then that one is x, if its rows are
+        put together again further on."""
+        node: fx.Node | None = x
+        while node is not None:
+            if _hint(meta(node)) < _hint(meta(x)):
+                return True
+            node = self._back(node)
+        return False
 
     def _back(self, node: fx.Node) -> fx.Node | None:
         """The tensor whose rows a node moves: its largest float input."""
@@ -249,8 +259,7 @@ class Proposals:
         return None if name(first) in _ZEROS else first
 
     def _renames(self, node: fx.Node, out: fx.Node) -> bool:
-        same = node is not out and self.flow.root(node) is self.flow.root(out)
-        return same and any(out < user for user in node.users)
+        return node < out and self.flow.root(node) is self.flow.root(out) and any(out < user for user in node.users)
 
     def _written(self, node: fx.Node, out: fx.Node, inside: set[fx.Node]) -> bool:
         """Whether a tensor changes after the node and before the result, so that the op would see another value."""

@@ -109,14 +109,18 @@ def find_routed(graph: fx.Graph, tensors: Tensors) -> tuple[list[Routed], list[t
 
 
 def _first(proposals: Proposals, flow: Flow, tensors: Tensors) -> Routed | None:
+    part = None
     for region in proposals:
         finding = why_not_tried(region, proposals.ahead) or _identify(region, flow, tensors)
         if isinstance(finding, Finding):
             finding = why_not_these_clamps(region, proposals.ahead, finding.mlp) or finding
-        if isinstance(finding, Finding):
+        if isinstance(finding, str):
+            proposals.refuse(4, finding)
+        elif proposals.expands(region.x):
+            part = part or Routed(region, finding)  # right, but the sum over a token's experts may follow
+        else:
             return Routed(region, finding)
-        proposals.refuse(4, finding)
-    return None
+    return part
 
 
 _KNOWN: dict[str, Finding | str] = {}
@@ -129,6 +133,8 @@ def _identify(region: Region, flow: Flow, tensors: Tensors) -> Finding | str:
     if known in _KNOWN and not region.constants and not region.dense:
         return _KNOWN[known]
     trial = Trial(region, tensors.stored)
+    if trial.tokens == 0:
+        return "it is captured for no tokens at all"
     if region.dense and stray_scores(region, flow, trial):
         return "its scores may be other than zero for experts that were not chosen"
     if region.constants or known not in _KNOWN:

@@ -62,6 +62,11 @@ class Trial:
         self.matrices = tuple(self._made_up(cut) for cut in region.cuts)
 
     @property
+    def tokens(self) -> int:
+        """T."""
+        return self._numel(self.region.x) // self.region.hidden
+
+    @property
     def tolerance(self) -> float:
         """Of the relative error, from sums in another order."""
         return 1e-10 if self.dtype == torch.float64 else 3e-5
@@ -229,7 +234,7 @@ def routings(trial: Trial, repeats: bool) -> list[Tensor]:
     """int64 [T, k] each. Different experts in every row, until every expert was chosen; the same experts in every row;
     and, if a row may repeat an expert, all rows to one expert."""
     region = trial.region
-    T, E, k = trial._numel(region.x) // region.hidden, region.experts, region.top_k
+    T, E, k = trial.tokens, region.experts, region.top_k
     order = torch.randperm(E, generator=trial.random)
     found = [order[torch.arange(start, start + T * k) % E].view(T, k) for start in range(0, E, T * k)]
     alike = torch.randperm(E, generator=trial.random)[:k].expand(T, k).contiguous()

@@ -1,6 +1,6 @@
 """Tiny checkpoints in the real formats, and what their weights stand for. Nothing here uses the package's own readers.
 
-config = llama()                                      # or qwen3(), gemma3()
+config = llama()                                      # or qwen3(), gemma3(); moe("mixtral") or another of MOE
 checkpoint = write_gptq(tmp_path, config)             # or write_awq, write_compressed_tensors
 model = inductor_ext.from_pretrained(checkpoint.folder)
 dense = checkpoint.reference(torch.float32)           # the same model with plain dense weights
@@ -19,7 +19,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen3Config
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 import random_checkpoint
@@ -48,6 +48,38 @@ def gemma3(**changes: Any) -> Gemma3TextConfig:
     return Gemma3TextConfig(**_SIZES | own | changes)
 
 
+def moe(model_type: str, **changes: Any) -> PretrainedConfig:
+    """Two layers, at least one of them with 4 routed experts of which a token gets 2 (llama4: 1)."""
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "pad_token_id": 0}
+    ends = {"bos_token_id": None, "eos_token_id": None}  # some have these beyond our vocabulary
+    return AutoConfig.for_model(model_type, **_SIZES | small | ends | MOE[model_type] | changes)
+
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+_SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 64}
+_GROUPS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _EXPERTS | _SHARED,
+    "qwen3_moe": _EXPERTS | {"num_experts": 4},
+    "qwen3_5_moe_text": _EXPERTS
+    | _SHARED
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    | {"linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": _EXPERTS
+    | _GROUPS
+    | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    | {"num_key_value_heads": 2},
+    "glm4_moe": _EXPERTS | _GROUPS,
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96},
+}
+"""Mixtures of experts by their model_type. All sizes of experts differ, so that a transposed weight does not fit."""
+LEFT_DENSE = ("lm_head", "shared_expert_gate", "router", "in_proj_a", "in_proj_b")
+"""Ends of the paths of linear layers that quantisers leave as they are."""
+
+
 # Weights are drawn wider than by default, so that logits differ by more than rounding does.
 _SIZES = {
     "vocab_size": 256,
@@ -66,8 +98,8 @@ _SIZES = {
 class Checkpoint:
     """A folder in a real format, and the tensors of the dense model that it stands for.
 
-    dense: every parameter by name; those of quantised layers are float32, (code - zero) * scale unrounded, [N, K].
-    packed: the paths of the quantised layers.
+    dense: every parameter by its name in the files; those of quantised layers are float32, (code - zero) * scale
+    unrounded, [N, K]. packed: the paths of the quantised layers, those of experts too.
     """
 
     folder: Path
@@ -90,6 +122,8 @@ def write_compressed_tensors(
 
     group_index: act-order with `weight_g_idx`, which older versions wrote; the columns of every weight are shuffled.
     """
+    if config.model_type in MOE:
+        settings = {"ignore": tuple(f"re:.*{name}$" for name in LEFT_DENSE)} | settings
     random_checkpoint.write_compressed_tensors(folder, config, seed=seed, **settings)
     dense = random_checkpoint.decompress(folder)
     names = Checkpoint(folder, {}, ()).tensors()
@@ -129,7 +163,7 @@ def write_gptq(
     desc_act: bool = False,
     v2: bool = False,
     scales_dtype: torch.dtype = torch.float16,
-    left_dense: tuple[str, ...] = ("lm_head",),
+    left_dense: tuple[str, ...] = LEFT_DENSE,
     seed: int = 0,
     **settings: Any,
 ) -> Checkpoint:
@@ -167,7 +201,7 @@ def write_awq(
     *,
     group_size: int = GROUP,
     scales_dtype: torch.dtype = torch.float16,
-    left_dense: tuple[str, ...] = ("lm_head",),
+    left_dense: tuple[str, ...] = LEFT_DENSE,
     seed: int = 0,
     **settings: Any,
 ) -> Checkpoint:
@@ -249,9 +283,9 @@ def _write(
     left_dense: tuple[str, ...],
 ) -> Checkpoint:
     """Replaces the linear layers of a random model by quantised ones and writes everything in fp16."""
-    torch.manual_seed(draw.generator.initial_seed())
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    stored = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    model = random_checkpoint.random_model(config, torch.float16, draw.generator.initial_seed())
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in tied}
     dense, packed = dict(stored), []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and not path.endswith(left_dense):
@@ -262,9 +296,15 @@ def _write(
             packed.append(path)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     set_quantization(folder, quantization)
-    return Checkpoint(folder, dense, tuple(packed))
+    save_file(_old_names(config, stored), folder / "model.safetensors", metadata={"format": "pt"})
+    return Checkpoint(folder, _old_names(config, dense), tuple(_old_names(config, dict.fromkeys(packed))))
+
+
+def _old_names(config: PretrainedConfig, named: dict[str, Any]) -> dict[str, Any]:
+    if config.model_type not in random_checkpoint.OLD:
+        return named
+    return {name.replace(".mlp.", ".block_sparse_moe."): value for name, value in named.items()}
 
 
 def set_quantization(folder: Path, quantization: dict[str, Any]) -> None:

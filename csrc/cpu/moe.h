@@ -36,7 +36,7 @@ struct Routing {
   }
 };
 
-// Some tokens of a call. Rows of x and h are in the form that suits the expert's number of them.
+// Some tokens of a call, and the tasks that they make: rows of x and of h stand in the order of the experts ("places").
 template <class P>
 struct Tokens {
   const MoeCall& call;
@@ -45,62 +45,67 @@ struct Tokens {
   const Routing routing{call.ids + t0 * call.top_k, T * call.top_k, call.E};
   const int64_t places = routing.begin[call.E];
   const int64_t h_stride = row_units<P>(Form::direct, call.w2.K);
-  Buffer<uint32_t> h{places * h_stride};                     // act(W13 x)
-  Buffer<const uint32_t*> x_rows{places}, h_rows{places};  // by place
+  const Buffer<uint32_t> h{places * h_stride};                   // act(W13 x)
+  const Buffer<const uint32_t*> x_rows{places}, h_rows{places};  // each in the form of its task
+  const int64_t most = call.E + places / kBlockM;
+  const Buffer<Task> tasks{most};  // the direct ones from the front, the others from the back; without weights and x
+  int64_t direct = 0, panel = most;
 
-  Tokens(const MoeCall& call, int64_t t0, int64_t T) : call(call), t0(t0), T(T) {}
-
-  Blocks blocks(int64_t expert) const { return Blocks(routing.begin[expert + 1] - routing.begin[expert], kBlockM); }
-  Form form(int64_t expert) const { return form_of<P>(blocks(expert).block); }
-};
-
-// Sets the rows of x. units: T rows in each form, of which those that some expert wants are made.
-template <class P>
-void lay_out_tokens(Tokens<P>& tokens, uint32_t* const* units) {
-  const MoeCall& call = tokens.call;
-  const int64_t K = call.w13.K;
-  Buffer<bool> wanted(2 * tokens.T);
-  memset(wanted, 0, 2 * tokens.T);
-  for (int64_t e = 0; e < call.E; ++e) {
-    const Form form = tokens.form(e);
-    const int f = static_cast<int>(form);
-    for (int64_t s = tokens.routing.begin[e]; s < tokens.routing.begin[e + 1]; ++s) {
-      const int64_t t = tokens.routing.pairs[s] / call.top_k;
-      wanted[2 * t + f] = true;
-      tokens.x_rows[s] = units[f] + t * row_units<P>(form, K);
-      tokens.h_rows[s] = tokens.h + s * tokens.h_stride;
-      put_padding<P>(form, call.w2.K, tokens.h + s * tokens.h_stride);
+  Tokens(const MoeCall& call, int64_t t0, int64_t T) : call(call), t0(t0), T(T) {
+    for (int64_t e = 0; e < call.E; ++e) {
+      const int64_t begin = routing.begin[e];
+      const Blocks blocks(routing.begin[e + 1] - begin, kBlockM);
+      const Form form = form_of<P>(blocks.block);
+      for (int64_t b = 0; b < blocks.count(); ++b)
+        tasks[form == Form::direct ? direct++ : --panel] = {{}, nullptr, form, blocks.size(b), begin + b * blocks.block, e};
     }
   }
-  run_parallel(tokens.T, div_up(1 << 16, K), [&](int64_t begin, int64_t end) {
+
+  // f(task) for all of them.
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t i = 0; i < direct; ++i) f(tasks[i]);
+    for (int64_t i = panel; i < most; ++i) f(tasks[i]);
+  }
+};
+
+// Sets the rows of x and h. units: room for T rows of x in each form; those that some task needs are made.
+template <class P>
+void lay_out_tokens(const Tokens<P>& tokens, uint32_t* const* units) {
+  const MoeCall& call = tokens.call;
+  const int64_t K = call.w13.K;
+  const Buffer<bool> needed(2 * tokens.T);
+  memset(needed, 0, 2 * tokens.T);
+  tokens.each([&](const Task& task) {
+    const int form = static_cast<int>(task.form);
+    for (int64_t s = task.first; s < task.first + task.count; ++s) {
+      const int64_t t = tokens.routing.pairs[s] / call.top_k;
+      needed[2 * t + form] = true;
+      tokens.x_rows[s] = units[form] + t * row_units<P>(task.form, K);
+      tokens.h_rows[s] = tokens.h + s * tokens.h_stride;
+      put_padding<P>(task.form, call.w2.K, tokens.h + s * tokens.h_stride);
+    }
+  });
+  run_parallel(2 * tokens.T, div_up(1 << 16, K), [&](int64_t begin, int64_t end) {
     Buffer<float> scratch(K + P::L);
-    for (int64_t t = begin; t < end; ++t)
-      for (int f = 0; f < 2; ++f) {
-        const Form form = static_cast<Form>(f);
-        if (wanted[2 * t + f])
-          lay_out_row<P>(call.x, call.x_dtype, tokens.t0 + t, K, form, scratch, units[f] + t * row_units<P>(form, K));
-      }
+    for (int64_t i = begin; i < end; ++i) {
+      const Form form = static_cast<Form>(i % 2);
+      uint32_t* row = units[i % 2] + i / 2 * row_units<P>(form, K);
+      if (needed[i]) lay_out_row<P>(call.x, call.x_dtype, tokens.t0 + i / 2, K, form, scratch, row);
+    }
   });
 }
 
-// rows, by place, times the rows n0..n0+N of each expert's weight.
+// rows times the rows n0..n0+N of each expert's weight.
 template <class P, class Sink>
 void multiply_experts(const Tokens<P>& tokens, const Weight& weight, int64_t n0, int64_t N, const uint32_t* const* rows,
                       const Sink& sink) {
-  Buffer<Task> tasks(tokens.call.E + tokens.places / kBlockM);
-  int64_t count = 0, direct = 0;
-  for (int f = 0; f < 2; ++f) {
-    const Form form = static_cast<Form>(f);
-    for (int64_t e = 0; e < tokens.call.E; ++e) {
-      const Blocks blocks = tokens.blocks(e);
-      if (blocks.rows == 0 || tokens.form(e) != form) continue;
-      for (int64_t b = 0, s = tokens.routing.begin[e]; b < blocks.count(); ++b, s += blocks.block)
-        tasks[count++] = Task{weight.rows(e * weight.N + n0, N), rows + s, form, blocks.size(b), s, e};
-    }
-    if (form == Form::direct) direct = count;
-  }
-  multiply_direct<P>(tasks, direct, sink);
-  multiply_panel<P>(tasks + direct, count - direct, sink);
+  tokens.each([&](Task& task) {
+    task.weight = weight.rows(task.expert * weight.N + n0, N);
+    task.x = rows + task.first;
+  });
+  multiply_direct<P>(tokens.tasks, tokens.direct, sink);
+  multiply_panel<P>(tokens.tasks + tokens.panel, tokens.most - tokens.panel, sink);
 }
 
 // The part of a bias [E, N] that goes with a tile whose weight begins at row `first`. Without a bias, left as it is.
@@ -201,7 +206,7 @@ void sum_terms(const Tokens<P>& tokens, int64_t n0, int64_t N, const float* term
 template <class P>
 void moe_block(const MoeCall& call, int64_t t0, int64_t T) {
   static_assert(kStripe % P::kMaxCols == 0 && kStripe % kUnit == 0);
-  Tokens<P> tokens(call, t0, T);
+  const Tokens<P> tokens(call, t0, T);
   {
     const Buffer<uint32_t> direct(T * row_units<P>(Form::direct, call.w13.K)), panel(T * row_units<P>(Form::panel, call.w13.K));
     uint32_t* const units[2] = {direct, panel};

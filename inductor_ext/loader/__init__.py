@@ -1,6 +1,7 @@
 """`inductor_ext.from_pretrained`: a transformers model from a W4A16 checkpoint, its int4 weights left packed.
 
-config.json -> plan (config.py) -> model without weights -> packed layers (modules.py) -> tensor by tensor (stream.py)
+config.json -> plan (config.py) -> model without weights -> packed layers (modules.py) and experts (moe.py,
+stored_experts.py, experts.py) -> tensor by tensor (stream.py)
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 if TYPE_CHECKING:
     from inductor_ext.loader.config import Plan
     from inductor_ext.loader.modules import PackedLinear
+    from inductor_ext.loader.names import Files
+    from inductor_ext.loader.stored_experts import StoredExperts
 
 __all__ = ["find_folder", "from_pretrained"]
 
@@ -34,7 +37,8 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Any:
-    """The transformers model of a W4A16 checkpoint, in eval mode, its quantised linear layers replaced by packed ones.
+    """The transformers model of a W4A16 checkpoint, in eval mode, its quantised linear layers replaced by packed ones,
+    and the routed experts of each layer by one packed module.
 
     path: a folder with config.json and safetensors files; or, if there is no such folder, the name of a repository on
     the Hugging Face hub, owner/name.
@@ -42,9 +46,9 @@ def from_pretrained(
     packed tensors stay as they are in the files.
     device: where the model goes. progress: whether to show a bar.
 
-    A packed layer dequantises its weight in every forward, in plain PyTorch; compile the model with backend="w4a16" to
-    run it fused. `state_dict()` gives the files' tensors back. The checkpoint's quantization_config is kept as
-    `model.checkpoint_quantization`.
+    A packed layer dequantises its weight in every forward, in plain PyTorch (experts: only those that are selected);
+    compile the model with backend="w4a16" to run it fused. `state_dict()` gives the files' tensors back. The
+    checkpoint's quantization_config is kept as `model.checkpoint_quantization`.
 
     Raises ValueError for a checkpoint of another kind; CheckpointError (a ValueError) that lists every tensor which is
     missing, surplus, misshapen or of a wrong dtype; FileNotFoundError for a path without a checkpoint; ImportError
@@ -54,6 +58,7 @@ def from_pretrained(
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from inductor_ext.loader.config import read_plan
+    from inductor_ext.loader.names import keep_files_names, renamed
     from inductor_ext.loader.stream import CheckpointError, fill, find_misfits, find_shards, find_slots, survey
 
     if dtype not in DTYPES:
@@ -62,15 +67,15 @@ def from_pretrained(
     quantization = getattr(config, "quantization_config", None)
     plan = read_plan(quantization)
     del config.quantization_config  # else transformers takes the model for one of its own quantised ones
-    stored = survey(find_shards(folder))
+    shards = survey(find_shards(folder))
 
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    packed = _pack_layers(model, plan, set(stored))
-    slots = find_slots(model)
-    faults = find_misfits(slots, stored, _ignorable(model))
+    packed = _pack_layers(model, plan, files := renamed(shards, model))
+    slots = find_slots(model, _always_in_float32(model, dtype))
+    faults = find_misfits(slots, files.stored, _ignorable(model))
     if not faults:
-        fill(slots, stored, torch.device(device), progress)
+        fill(slots, files.stored, torch.device(device), progress)
         faults = [f"values: {layer} {fault}" for layer, module in packed.items() for fault in module.faults()]
     if faults:
         listed = "".join(f"\n  {line}" for line in faults)
@@ -78,6 +83,7 @@ def from_pretrained(
             f"{folder}: the tensors in the files do not fit {type(model).__name__} as config.json describes it."
             f" Both must come from the same export, complete.{listed}"
         )
+    keep_files_names(model, files)
     model.to(device)  # what is left: buffers that no file holds
     model.checkpoint_quantization = quantization
     if (folder / "generation_config.json").exists():
@@ -131,18 +137,14 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _pack_layers(model: nn.Module, plan: Plan, stored: set[str]) -> dict[str, PackedLinear]:
-    """Replaces the linear layers that the plan names, and returns the new ones by path."""
-    from inductor_ext.loader.config import SUPPORTED
+def _pack_layers(model: nn.Module, plan: Plan, files: Files) -> dict[str, PackedLinear | StoredExperts]:
+    """Replaces the linear layers that the plan names, and the experts, and returns the new modules by path."""
     from inductor_ext.loader.modules import LAYERS
 
-    if experts := [name for name, _ in model.named_parameters() if ".experts." in name]:
-        raise ValueError(f"{type(model).__name__} is a mixture of experts ({experts[0]}). {SUPPORTED}")
-
-    packed = {}
+    packed: dict[str, PackedLinear | StoredExperts] = dict(_packed_experts(model, plan, files))
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            scheme = plan.scheme(path, {cls.__name__ for cls in type(module).__mro__}, stored)
+            scheme = files.scheme(plan, path, {cls.__name__ for cls in type(module).__mro__})
             if scheme is not None:
                 try:
                     packed[path] = LAYERS[scheme.format](module, scheme)
@@ -153,6 +155,34 @@ def _pack_layers(model: nn.Module, plan: Plan, stored: set[str]) -> dict[str, Pa
     for path, layer in packed.items():
         model.set_submodule(path, layer)
     return packed
+
+
+def _packed_experts(model: nn.Module, plan: Plan, files: Files) -> dict[str, StoredExperts]:
+    from inductor_ext.loader.config import SUPPORTED
+    from inductor_ext.loader.moe import NotPackable, find_experts, pack_experts
+
+    packed, found = {}, find_experts(model)
+    for path, module in found.items():
+        try:
+            experts = pack_experts(path, module, plan, files)
+        except NotPackable as reason:
+            kind = type(model).__name__
+            raise ValueError(f"{kind} is a mixture of experts ({path}), {reason}. {SUPPORTED}") from reason
+        if experts is not None:
+            packed[path] = experts
+    others = [name for name, _ in model.named_parameters() if ".experts." in name]
+    others = [name for name in others if not name.startswith(tuple(f"{path}." for path in found))]
+    if others:
+        raise ValueError(
+            f"{type(model).__name__} is a mixture of experts of an unknown kind ({others[0]}). {SUPPORTED}"
+        )
+    return packed
+
+
+def _always_in_float32(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Patterns of tensors that the model's class wants in float32 in a model of this dtype: biases of routers."""
+    names = {torch.float16: ("", "_strict"), torch.bfloat16: ("_strict",), torch.float32: ()}[dtype]
+    return [pattern for name in names for pattern in getattr(model, f"_keep_in_fp32_modules{name}", None) or ()]
 
 
 def _ignorable(model: nn.Module) -> list[str]:

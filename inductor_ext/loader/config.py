@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 SUPPORTED = (
-    "Supported are dense decoder models with 4-bit integer weights and 16-bit activations, in these formats:"
+    "Supported are dense decoder models and mixtures of experts with 4-bit integer weights and 16-bit activations, in"
+    " these formats:"
     " compressed-tensors 'pack-quantized' (strategy group or channel), GPTQ ('gptq', 'gptq_v2') and AWQ ('gemm')."
 )
 
@@ -56,25 +57,32 @@ class Plan:
     ignore: tuple[str, ...] = ()
     by_name: bool = False
 
-    def scheme(self, path: str, classes: Collection[str], stored: Collection[str]) -> Scheme | None:
+    def scheme(
+        self, path: str, classes: Collection[str], stored: Collection[str], in_files: str | None = None
+    ) -> Scheme | None:
         """The scheme of the linear layer at `path`, or None if it is dense.
 
         classes: the names of its class and of that class's bases. stored: the names of all tensors in the files.
+        in_files: what the files call the layer, if not as the model does; config.json may have either name.
         """
-        if any(_matches(pattern, path, classes) for pattern in self.ignore):
+        paths = {path, in_files or path}
+        if any(_matches(pattern, paths, classes) for pattern in self.ignore):
             return None
         rule = min(
-            (rule for rule in self.rules if _matches(rule.pattern, path, classes)),
-            key=lambda rule: _vagueness(rule.pattern, path),
+            (rule for rule in self.rules if _matches(rule.pattern, paths, classes)),
+            key=lambda rule: _vagueness(rule.pattern, paths),
             default=None,
         )
         if rule is None or rule.scheme is None:
             return None
         if not self.by_name:
             return rule.scheme
-        if not any(f"{path}.{name}" in stored for name in ("qweight", "qzeros", "scales")):
+        held = {
+            name for path in paths for name in ("qweight", "qzeros", "scales", "g_idx") if f"{path}.{name}" in stored
+        }
+        if held <= {"g_idx"}:
             return None
-        return dataclasses.replace(rule.scheme, group_index=rule.scheme.group_index or f"{path}.g_idx" in stored)
+        return dataclasses.replace(rule.scheme, group_index=rule.scheme.group_index or "g_idx" in held)
 
 
 def read_plan(quantization: Mapping[str, Any] | None) -> Plan:
@@ -167,19 +175,20 @@ def _awq(quantization: Mapping[str, Any]) -> Plan:
     return Plan((Rule("Linear", scheme),), _not_converted(quantization), by_name=True)
 
 
-def _matches(pattern: str, path: str, classes: Collection[str]) -> bool:
+def _matches(pattern: str, paths: Collection[str], classes: Collection[str]) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), path) is not None
-    return pattern == path or pattern in classes
+        return any(re.match(pattern.removeprefix("re:"), path) for path in paths)
+    return pattern in paths or pattern in classes
 
 
-def _vagueness(pattern: str, path: str) -> int:
-    return 0 if pattern == path else 1 if pattern.startswith("re:") else 2
+def _vagueness(pattern: str, paths: Collection[str]) -> int:
+    return 0 if pattern in paths else 1 if pattern.startswith("re:") else 2
 
 
 def _not_converted(quantization: Mapping[str, Any]) -> tuple[str, ...]:
-    # AWQ's own loader keeps a layer dense if one of these is anywhere in its path.
-    return tuple(f"re:.*{re.escape(part)}" for part in quantization.get("modules_to_not_convert") or ())
+    # Whole names or runs of them: "gate" is a router's, and leaves an expert's "gate_proj" alone.
+    parts = (part.strip(".") for part in quantization.get("modules_to_not_convert") or ())
+    return tuple(rf"re:(.*\.)?{re.escape(part)}(\.|$)" for part in parts)
 
 
 def _group_size(stored: Any) -> int | None:

@@ -5,11 +5,13 @@ The forwards are plain PyTorch, which `torch.compile(model, backend="w4a16")` re
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inductor_ext.formats import EXLLAMA, SEQUENTIAL
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL, BitOrder
 from inductor_ext.loader.config import Scheme
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,6 +26,10 @@ class PackedLinear(nn.Module):
     in_features, out_features: K and N. format: the checkpoint's ("compressed-tensors", "gptq", "awq").
     group_size: how many k share a scale and a zero. zero_offset: what is added to a stored zero.
     """
+
+    PARTS: ClassVar[dict[str, str]]
+    """The names of the stored tensors that hold codes, scales and zeros, and what these are called in canonical form:
+    "qweight" int32 [N, K/8], "scales" [N, K/G], "zeros" uint8 [N, K/G]."""
 
     bias: nn.Parameter | None
 
@@ -45,6 +51,18 @@ class PackedLinear(nn.Module):
     def group_of_k(self) -> Tensor | None:
         """int32 [K]: the group of every k, or None if the groups are runs of `group_size` neighbours."""
         return None
+
+    def to_canonical(self, name: str, stored: Tensor) -> Tensor:
+        """The canonical form of the stored tensor of this name, which is one of PARTS; K is a multiple of 8."""
+        raise NotImplementedError
+
+    def from_canonical(self, name: str, canonical: Tensor) -> Tensor:
+        """The inverse of `to_canonical`."""
+        raise NotImplementedError
+
+    def implied(self) -> dict[str, Tensor]:
+        """The other stored tensors, with the only values that they have if columns are in no order of their own."""
+        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [N, K] in `dtype`: (code - zero) * scale, computed in `dtype` if the scales have it, else in float32."""
@@ -78,6 +96,9 @@ class PackedLinear(nn.Module):
             f" format={self.format}, group_size={self.group_size}"
         )
 
+    def _runs(self) -> Tensor:
+        return torch.arange(self.in_features, dtype=torch.int32) // self.group_size
+
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -88,6 +109,8 @@ class CompressedTensorsLinear(PackedLinear):
     weight_packed int32 [N, ceil(K/8)] along K; weight_scale [N, K/G]; weight_shape int64 [2], which is N, K;
     weight_zero_point int32 [ceil(N/8), K/G] along N, if asymmetric; weight_g_idx int32 [K], if act-order.
     """
+
+    PARTS: ClassVar = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "zeros"}
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -118,6 +141,19 @@ class CompressedTensorsLinear(PackedLinear):
     def group_of_k(self) -> Tensor | None:
         return self.weight_g_idx if self.group_index else None
 
+    def to_canonical(self, name: str, stored: Tensor) -> Tensor:
+        n, groups = self.out_features, self.in_features // self.group_size
+        return SEQUENTIAL.unpack(stored, 0, 8 * _words(n), groups)[:n] if name == "weight_zero_point" else stored
+
+    def from_canonical(self, name: str, canonical: Tensor) -> Tensor:
+        if name != "weight_zero_point":
+            return canonical
+        return SEQUENTIAL.pack(F.pad(canonical, (0, 0, 0, -self.out_features % 8)), 0)
+
+    def implied(self) -> dict[str, Tensor]:
+        shape = torch.tensor([self.out_features, self.in_features])
+        return {"weight_shape": shape, "weight_g_idx": self._runs()} if self.group_index else {"weight_shape": shape}
+
     def faults(self) -> list[str]:
         shape = [self.out_features, self.in_features]
         if self.weight_shape.tolist() == shape:
@@ -125,61 +161,86 @@ class CompressedTensorsLinear(PackedLinear):
         return [*super().faults(), f"has weight_shape {self.weight_shape.tolist()}, the model needs {shape}"]
 
 
-class GPTQLinear(PackedLinear):
+class ColumnsLinear(PackedLinear):
+    """What GPTQ and AWQ have in common: W^T is stored, as qweight, qzeros packed along N, and scales [K/G, N]."""
+
+    PARTS: ClassVar = {"qweight": "qweight", "scales": "scales", "qzeros": "zeros"}
+    ORDER: ClassVar[BitOrder]
+    DIM: ClassVar[int]
+    """The dimension of qweight that is packed: 0 is K, 1 is N."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+        super().__init__(linear, scheme)
+        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
+        if self.DIM == 0:
+            _require_multiples_of_8(N=n, K=k)
+        else:
+            _require_multiples_of_8(N=n)
+        self._declare("qweight", (k // 8, n) if self.DIM == 0 else (k, n // 8), torch.int32)
+        self._declare("qzeros", (groups, n // 8), torch.int32)
+        self._declare("scales", (groups, n), torch.float32)
+
+    def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
+        return self._codes(self.qweight), self._zeros(self.qzeros), self.scales.t()
+
+    def _codes(self, qweight: Tensor) -> Tensor:
+        return self.ORDER.unpack(qweight, self.DIM, self.in_features, self.out_features).t()
+
+    def _zeros(self, qzeros: Tensor) -> Tensor:
+        stored = self.ORDER.unpack(qzeros, 1, self.in_features // self.group_size, self.out_features)
+        return (stored + self.zero_offset if self.zero_offset else stored).t()
+
+    def to_canonical(self, name: str, stored: Tensor) -> Tensor:
+        if name == "qweight":
+            return SEQUENTIAL.pack(self._codes(stored), 1)
+        return self._zeros(stored) if name == "qzeros" else stored.t()
+
+    def from_canonical(self, name: str, canonical: Tensor) -> Tensor:
+        if name == "qweight":
+            codes = SEQUENTIAL.unpack(canonical, 1, self.out_features, self.in_features)
+            return self.ORDER.pack(codes.t(), self.DIM)
+        if name == "qzeros":
+            return self.ORDER.pack((canonical - self.zero_offset).t(), 1)
+        return canonical.t().contiguous()
+
+    def implied(self) -> dict[str, Tensor]:
+        return {}
+
+
+class GPTQLinear(ColumnsLinear):
     """GPTQ.
 
     qweight int32 [K/8, N] along K; qzeros int32 [K/G, N/8] along N; scales [K/G, N]; g_idx int32 [K], if stored.
     """
 
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
+    ORDER, DIM = SEQUENTIAL, 0
+
     g_idx: Tensor
 
     def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
         super().__init__(linear, scheme)
-        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        _require_multiples_of_8(N=n, K=k)
         self.group_index = scheme.group_index
-        self._declare("qweight", (k // 8, n), torch.int32)
-        self._declare("qzeros", (groups, n // 8), torch.int32)
-        self._declare("scales", (groups, n), torch.float32)
         if scheme.group_index:
-            self._declare("g_idx", (k,), torch.int32)
-
-    def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
-        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        codes = SEQUENTIAL.unpack(self.qweight, 0, k, n)
-        zeros = SEQUENTIAL.unpack(self.qzeros, 1, groups, n) + self.zero_offset
-        return codes.t(), zeros.t(), self.scales.t()
+            self._declare("g_idx", (self.in_features,), torch.int32)
 
     def group_of_k(self) -> Tensor | None:
         return self.g_idx if self.group_index else None
 
+    def implied(self) -> dict[str, Tensor]:
+        return {"g_idx": self._runs()} if self.group_index else {}
 
-class AWQLinear(PackedLinear):
+
+class AWQLinear(ColumnsLinear):
     """AWQ "gemm".
 
     qweight int32 [K, N/8] and qzeros int32 [K/G, N/8], both along N and with even columns first; scales [K/G, N].
     """
 
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
-        super().__init__(linear, scheme)
-        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        _require_multiples_of_8(N=n)
-        self._declare("qweight", (k, n // 8), torch.int32)
-        self._declare("qzeros", (groups, n // 8), torch.int32)
-        self._declare("scales", (groups, n), torch.float32)
-
-    def codes_zeros_scales(self) -> tuple[Tensor, Tensor | int, Tensor]:
-        n, k, groups = self.out_features, self.in_features, self.in_features // self.group_size
-        codes = EXLLAMA.unpack(self.qweight, 1, k, n)
-        zeros = EXLLAMA.unpack(self.qzeros, 1, groups, n)
-        return codes.t(), zeros.t(), self.scales.t()
+    ORDER, DIM = EXLLAMA, 1
 
 
 LAYERS: dict[str, type[PackedLinear]] = {

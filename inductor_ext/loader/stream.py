@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from inductor_ext.loader.modules import SCALE_DTYPES, PackedLinear
+from inductor_ext.loader.stored_experts import StoredExperts
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor in a shard, as its header describes it."""
+    """One tensor in a shard, as its header describes it; `name` is its name there."""
 
+    name: str
     shard: Path
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -46,7 +48,10 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor of the model, still on the meta device: where it goes and what the file may hold for it."""
+    """One tensor of the model, still on the meta device: where it goes and what the file may hold for it.
+
+    leaf: the name within the module; for experts that of an expert's tensor, "3.up_proj.qweight".
+    """
 
     module: nn.Module
     leaf: str
@@ -56,6 +61,9 @@ class Slot:
 
     def place(self, tensor: Tensor) -> None:
         """Puts a loaded tensor in the place of the meta tensor."""
+        if isinstance(self.module, StoredExperts):
+            self.module.put(self.leaf, tensor)
+            return
         if isinstance(self.meta, nn.Parameter) and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=self.meta.requires_grad)
         setattr(self.module, self.leaf, tensor)
@@ -89,14 +97,23 @@ def survey(shards: Iterable[Path]) -> dict[str, Stored]:
                 view = shard.get_slice(name)
                 shape, dtype = tuple(view.get_shape()), DTYPES.get(view.get_dtype(), view.get_dtype())
                 nbytes = torch.Size(shape).numel() * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
-                found[name] = Stored(path, shape, dtype, nbytes)
+                found[name] = Stored(name, path, shape, dtype, nbytes)
     return found
 
 
-def find_slots(model: nn.Module) -> dict[str, Slot]:
-    """A slot for every name in the model's state dict."""
+def find_slots(model: nn.Module, in_float32: Iterable[str] = ()) -> dict[str, Slot]:
+    """A slot for every name in the model's state dict.
+
+    in_float32: patterns of names of tensors that are float32 whatever dtype the model has; "*" stands for anything.
+    """
+    always = [re.compile(pattern.replace("*", ".*")) for pattern in in_float32]
     slots = {}
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, StoredExperts)}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        path, *of_expert = name.rsplit(".", 3)
+        if path in experts:
+            slots[name] = Slot(experts[path], ".".join(of_expert), tensor, (tensor.dtype,), None)
+            continue
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if not tensor.is_floating_point():
@@ -104,7 +121,8 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
         elif isinstance(module, PackedLinear) and leaf in module._buffers:
             slots[name] = Slot(module, leaf, tensor, SCALE_DTYPES, None)
         else:
-            slots[name] = Slot(module, leaf, tensor, tuple(FLOATS.values()), tensor.dtype)
+            cast = torch.float32 if any(pattern.search(name) for pattern in always) else tensor.dtype
+            slots[name] = Slot(module, leaf, tensor, tuple(FLOATS.values()), cast)
     return slots
 
 
@@ -122,11 +140,11 @@ def find_misfits(slots: Mapping[str, Slot], stored: Mapping[str, Stored], ignore
         if name in slots:
             slot = slots[name]
             if found.shape != tuple(slot.meta.shape):
-                lines.append(f"shape: {name} is {list(found.shape)}, the model needs {list(slot.meta.shape)}")
+                lines.append(f"shape: {found.name} is {list(found.shape)}, the model needs {list(slot.meta.shape)}")
             if found.dtype not in slot.dtypes:
-                lines.append(f"dtype: {name} is {_name(found.dtype)}, the model needs {_dtypes(slot)}")
-        elif not any(re.search(pattern, name) for pattern in ignored):
-            lines.append(f"surplus: {name}, {_name(found.dtype)} {list(found.shape)}")
+                lines.append(f"dtype: {found.name} is {_name(found.dtype)}, the model needs {_dtypes(slot)}")
+        elif not any(re.search(pattern, found.name) for pattern in ignored):
+            lines.append(f"surplus: {found.name}, {_name(found.dtype)} {list(found.shape)}")
     return lines
 
 
@@ -142,10 +160,15 @@ def fill(slots: Mapping[str, Slot], stored: Mapping[str, Stored], device: torch.
             with _open(path) as shard:
                 for name in names:
                     slot = slots[name]
-                    slot.place(shard.get_tensor(name).to(device=device, dtype=slot.cast))
+                    slot.place(shard.get_tensor(stored[name].name).to(device=device, dtype=slot.cast))
                     bar.update(stored[name].nbytes)
     for names in _tied(slots):
-        _share([slots[name] for name in names if name in stored], [slots[name] for name in names if name not in stored])
+        if len(names) > 1:
+            held = [name for name in names if name in stored]
+            _share([slots[name] for name in held], [slots[name] for name in names if name not in held])
+    for module in {slot.module for slot in slots.values()}:
+        if isinstance(module, StoredExperts):
+            module.settle()
 
 
 def _share(loaded: list[Slot], absent: list[Slot]) -> None:
