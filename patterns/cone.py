@@ -288,6 +288,7 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
             if (
                 isinstance(leaf, Tensor)
                 and leaf.dtype in _INTEGERS
+                and isinstance(leaf.numel(), int)  # else it is an argument, and to compare would add a guard
                 and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8
             ):
                 found.append(node)
