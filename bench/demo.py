@@ -27,7 +27,7 @@ import inductor_ext
 from inductor_ext.generate import greedy
 
 PROMPT = torch.arange(1, 17).view(1, 16)
-TEXTS = torch.randperm(1024, generator=torch.Generator().manual_seed(0))[:192].view(24, 8)
+TEXTS = torch.randperm(1024, generator=torch.Generator().manual_seed(0))[:96].view(12, 8)
 NEW_TOKENS = 32
 SIZES = {
     "vocab_size": 1024,

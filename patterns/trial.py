@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 _BYTES, _PRODUCTS = 1 << 29, 1 << 29
 """How large a trial may be: gathered weights in float64, and multiplications, from which on fewer rows are tried."""
 _ROWS = (131, 33, 9, 3)
-_SCALES = (1.0, 0.03, 30.0, 1000.0, 4.0)
+SCALES = (1.0, 0.03, 30.0, 1000.0, 4.0)
 """Of the rows of x, in turn: what happens to small and to large values only must show."""
 Sizes = Mapping[sympy.Symbol, int]
 
@@ -45,6 +45,12 @@ class Inputs:
     """[E, n], as Region.biases has them."""
     matrices: tuple[Tensor, ...]
     """[E, rows, cols], as each of Region.cuts has them."""
+
+    def rows(self, some: slice) -> Inputs:
+        """Some tokens alone."""
+        return dataclasses.replace(
+            self, x=self.x[some], ids=self.ids[some], weights=self.weights[some], base=self.base[some]
+        )
 
 
 class Trial:
@@ -76,7 +82,7 @@ class Trial:
         T = math.prod(shape[:-1])
         base = self._normal(T, shape[-1]) if region.base is not None else torch.zeros(T, shape[-1], dtype=self.dtype)
         biases = tuple(self._normal(region.experts, self.shape(bias[0])[-1]) for bias in region.biases)
-        scales = torch.tensor([_SCALES[(t + turn) % len(_SCALES)] for t in range(T)], dtype=self.dtype)
+        scales = torch.tensor([SCALES[(t + turn) % len(SCALES)] for t in range(T)], dtype=self.dtype)
         x, weights = scales.unsqueeze(-1) * self._normal(T, shape[-1]), self._normal(*ids.shape)
         return Inputs(x, ids, weights, base, biases, self.matrices)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 from zoo.base import distance, fresh
 from zoo_moe import NEGATIVES, Case
-from zoo_moe.base import inputs
+from zoo_moe.base import Form, inputs
 from zoo_moe.formats import COMPRESSED_TENSORS
 from zoo_moe.gathered import columns
 from zoo_moe.grouped import transformers
@@ -102,24 +102,42 @@ def test_trained_scales_get_their_gradient() -> None:
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("of", ("w2_scale", "expert_scale", "w2_packed"))
+def times_scale(m: Any, y: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+    return y * m.expert_scale[ids].unsqueeze(-1)
+
+
+def plus_adapter(m: Any, y: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+    """LoRA that is trained from zero on."""
+    return y + torch.einsum("th,tkoh->tko", x, m.adapter[ids])
+
+
+STORED: dict[str, tuple[Form, tuple[int, ...], float]] = {
+    "w2_scale": (columns, (), 0),
+    "w2_packed": (columns, (), 0),
+    "expert_scale": (gathered(y_of=times_scale), (8,), 1),
+    "h_scale": (gathered(h_of=lambda m, h: h * m.h_scale), (32,), 1),
+    "h_shift": (gathered(h_of=lambda m, h: h + m.h_shift), (32,), 0),
+    "adapter": (gathered(y_of=plus_adapter), (8, 64, 64), 0),
+}
+
+
+@pytest.mark.parametrize("of", STORED)
 def test_what_is_stored_may_change(of: str, without_inductor: None) -> None:
-    """A factor that is one when the graph is compiled looks like no factor; and weights are not what they were."""
-
-    def times_scale(m: Any, y: Tensor, x: Tensor, ids: Tensor) -> Tensor:
-        return y * m.expert_scale[ids].unsqueeze(-1)
-
-    scaled = Case("", gathered(y_of=times_scale) if of == "expert_scale" else columns, COMPRESSED_TENSORS)
-    module = scaled.make(torch.float32)
-    module.register_buffer("expert_scale", torch.ones(scaled.E))
+    """Weights are not what they were; and a factor that is one when the graph is compiled looks like no factor."""
+    form, shape, value = STORED[of]
+    case = Case("", form, COMPRESSED_TENSORS)
+    module = case.make(torch.float32)
+    if shape:
+        module.register_buffer(of, torch.full(shape, float(value)))
     run = torch.compile(module, backend="w4a16", fullgraph=True)
-    given = inputs(scaled, torch.float32, 7)
+    given = inputs(case, torch.float32, 7)
     before = module(*given)
     assert distance(run(*given), before.double()) < 1e-5
     stored = getattr(module, of)
-    stored.copy_(torch.arange(8.0) if of == "expert_scale" else stored.flip(0))
-    assert distance(module(*given), before.double()) > 0.1
-    assert distance(run(*given), module(*given).double()) < 1e-5
+    stored.copy_(torch.rand(shape) if shape else stored.flip(0))
+    after = module(*given).double()
+    assert distance(before, after) > 0.1
+    assert distance(run(*given), after) < 1e-5
 
 
 def test_weights_may_be_more_than_tokens(without_inductor: None) -> None:

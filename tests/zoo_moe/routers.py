@@ -84,7 +84,8 @@ ROUTERS = {
 }
 for name, route in ROUTERS.items():
     case(f"router: {name}; gather", columns, route=route, core=name == "sigmoid, correction, groups")
-    case(f"router: {name}; grouped_mm", transformers, route=route, dtypes=BF16)
+for route in (renormalised, group_limited):
+    case(f"router: {route.__name__.replace('_', ' ')}; grouped_mm", transformers, route=route, dtypes=BF16)
 case("router: argmax", gpt_fast, route=argmax, k=1)
 case("router: max, ids and weights [T]", top_1, route=best, k=1)
 case("router: ids in int32", columns_of_packed, route=as_int32)
