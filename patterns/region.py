@@ -155,15 +155,14 @@ class Proposals:
                 node: fx.Node | None = operand
                 while node is not None and node not in seen and node not in self.ahead and _is_float(node):
                     seen.add(node)
-                    if _same(meta(node).shape[-1], meta(out).shape[-1]) and _same(
-                        meta(node).numel(), meta(out).numel()
-                    ):
+                    alike = _same(meta(node).shape[-1], meta(out).shape[-1])
+                    if alike and _same(meta(node).numel(), meta(out).numel()) and not self._expands(node):
                         yield node
                     node = self._back(node)
 
-    def expands(self, x: fx.Node) -> bool:
-        """Whether x is made of a tensor with fewer rows, each standing for several: then that one is x, if its rows are
-        put together again further on."""
+    def _expands(self, x: fx.Node) -> bool:
+        """Whether x is made of a tensor with fewer rows, each standing for several: then that one is x, and what its
+        rows give is put together further on."""
         node: fx.Node | None = x
         while node is not None:
             if _hint(meta(node)) < _hint(meta(x)):

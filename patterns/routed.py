@@ -20,7 +20,7 @@ from inductor_ext.patterns.experts import Cut, find_groups
 from inductor_ext.patterns.flow import Flow
 from inductor_ext.patterns.region import Proposals, Region, structure
 from inductor_ext.patterns.thresholds import why_not_these_clamps, why_not_tried
-from inductor_ext.patterns.trial import SCALES, Inputs, Trial, routings, stray_scores
+from inductor_ext.patterns.trial import Inputs, Trial, routings, stray_scores
 from torch import Tensor, fx
 
 from inductor_ext.kernels import Mlp
@@ -109,18 +109,14 @@ def find_routed(graph: fx.Graph, tensors: Tensors) -> tuple[list[Routed], list[t
 
 
 def _first(proposals: Proposals, flow: Flow, tensors: Tensors) -> Routed | None:
-    part = None
     for region in proposals:
         finding = why_not_tried(region, proposals.ahead) or _identify(region, flow, tensors)
         if isinstance(finding, Finding):
             finding = why_not_these_clamps(region, proposals.ahead, finding.mlp) or finding
-        if isinstance(finding, str):
-            proposals.refuse(4, finding)
-        elif proposals.expands(region.x):
-            part = part or Routed(region, finding)  # right, but the sum over a token's experts may follow
-        else:
+        if isinstance(finding, Finding):
             return Routed(region, finding)
-    return part
+        proposals.refuse(4, finding)
+    return None
 
 
 _KNOWN: dict[str, Finding | str] = {}
@@ -147,17 +143,19 @@ def _identify(region: Region, flow: Flow, tensors: Tensors) -> Finding | str:
 
 
 def _try(trial: Trial) -> Finding | str:
-    first, *others = [trial.inputs(ids, turn) for turn, ids in enumerate(routings(trial, trial.region.repeats))]
+    chosen = routings(trial, trial.region.repeats)
+    first = trial.inputs(chosen[0])
     result = trial.run(first)
     if not bool(result.isfinite().all()):
         return "it leaves rows of its result without a value"
-    few = first.rows(slice(0, 2 * len(SCALES)))  # rows do not depend on each other: most guesses fail on a few
-    guesses = [g for g in _hypotheses(trial.region) if _agree(result[: len(few.x)], evaluate(g, few), trial.tolerance)]
+    one = first.rows(slice(0, 1))  # rows do not depend on each other: most guesses fail on the first
+    guesses = [g for g in _hypotheses(trial.region) if _agree(result[:1], evaluate(g, one), trial.tolerance)]
     if not guesses:
         return (
             "what it computes is sum over experts of weight * down(act(gate, up)) under no activation, order of gate"
             " and up and place of the weight that is known"
         )
+    others = [trial.inputs(ids, turn) for turn, ids in enumerate(chosen) if turn > 0]
     tried = [(first, result), *((given, trial.run(given)) for given in others)]
     for guess in guesses:
         if all(_agree(result, evaluate(guess, given), trial.tolerance) for given, result in tried):

@@ -4,7 +4,20 @@ from importlib import import_module
 
 from zoo_moe.base import ZOO, Case
 
-FAMILIES = ("grouped", "gathered", "dense", "loops", "mlps", "stored", "routers", "near_misses", "disguised")
+FAMILIES = (
+    "grouped",
+    "gathered",
+    "dense",
+    "loops",
+    "mlps",
+    "stored",
+    "routers",
+    "near_misses",
+    "near_mlps",
+    "near_loops",
+    "disguised",
+    "maybe",
+)
 for family in FAMILIES:
     import_module(f"zoo_moe.{family}")
 
