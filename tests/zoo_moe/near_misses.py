@@ -285,7 +285,7 @@ def columns_scaled(m: Any, x: Tensor, name: str) -> Tensor:
 
 miss("miss: scales that are trained", gathered(), prepare=trained, differs=False, core=True)
 miss("miss: scales that are trained; grouped_mm", transformers, prepare=trained, differs=False, dtypes=BF16)
-miss("miss: one code of one expert beyond 4 bits", gathered(), prepare=beyond_4_bits, format=INT8, differs=False)
+miss("miss: one code of one expert beyond 4 bits", gathered(), prepare=beyond_4_bits, format=INT8)
 miss("miss: columns scaled", gathered(weight=columns_scaled), format=PAIRS)
 miss(
     "miss: columns of some experts masked",
