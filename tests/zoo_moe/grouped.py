@@ -26,7 +26,9 @@ def histc(ids: Tensor, ordered: Tensor, E: int) -> Tensor:
 
 
 def bincount(ids: Tensor, ordered: Tensor, E: int) -> Tensor:
-    return torch.bincount(ids, minlength=E).cumsum(0).to(torch.int32)
+    """By hand: Dynamo holds no torch.bincount in a graph by default."""
+    counts = torch.zeros(E, dtype=torch.int64).scatter_add(0, ids.long(), torch.ones_like(ids, dtype=torch.int64))
+    return counts.cumsum(0).to(torch.int32)
 
 
 def one_hot(ids: Tensor, ordered: Tensor, E: int) -> Tensor:
