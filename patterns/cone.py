@@ -303,16 +303,18 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, tor
 
 
 def share(graph: fx.Graph, is_stored: Callable[[fx.Node], bool]) -> None:
-    """Computes what depends on stored tensors alone once, where a graph has it several times.
+    """Computes what depends on stored tensors once, where a graph has it several times.
 
     A module that dequantises its experts in a property does so for every expert that is looked up.
     """
     first: dict[str, fx.Node] = {}
     label: dict[fx.Node, str] = {}
+    stored: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.op in ("placeholder", "get_attr"):
             if is_stored(node) and not any(_writes(node)):
                 label[node] = f"{node.op} {node.target}"
+                stored.add(node)
         elif (
             all(n in label for n in node.all_input_nodes)
             and why_not_inside(node) is None
@@ -320,8 +322,13 @@ def share(graph: fx.Graph, is_stored: Callable[[fx.Node], bool]) -> None:
             and not any(_writes(node))
         ):
             text = described(node, label.__getitem__)
-            if (same := first.setdefault(text, node)) is node:
+            same = first.setdefault(text, node)
+            if same is node:
                 label[node] = f"%{len(first)}"
+            if stored.isdisjoint(node.all_input_nodes):
+                label[node] = label[same]  # a table of shifts, say: the graph may keep two
+            elif same is node:
+                stored.add(node)
             else:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)

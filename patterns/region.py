@@ -41,7 +41,7 @@ class Region:
     nodes: tuple[fx.Node, ...]
     """Everything inside, in graph order; the gathered cuts among them."""
     constants: tuple[fx.Node, ...]
-    """Stored tensors other than the biases."""
+    """Tensors that the graph itself holds, other than the biases: their values are part of what it computes."""
     aliases: tuple[fx.Node, ...]
     """Other names of the result, written in place, that are read after it."""
     top_k: int
@@ -206,6 +206,13 @@ class Proposals:
         if unknown is not None:
             self.refuse(2, f"its computation cannot be told from the routing: {unknown.name} takes part in it")
             return None
+        biases = self._biases([n for n in ends if _is_float(n) and meta(n).dim() < 3], inside)
+        constants = tuple(n for n in ends if not any(n in bias for bias in biases))
+        changing = next((n for n in constants if n.op == "placeholder"), None)
+        if changing is not None:
+            # Its value now proves nothing: a scale that is one and an adapter that is zero are trained later.
+            self.refuse(2, f"a stored tensor that is no bias of its experts, {changing.name}, takes part in it")
+            return None
         used = {n for node in inside for n in self.flow.preds(node)} | set(self._selects)
         scores = not _same(meta(weights).numel(), meta(ids).numel())
         if not {x, weights} <= used or not (scores or ids in used) or _shape(out) not in (_shape(x), _flat(x)):
@@ -217,7 +224,6 @@ class Proposals:
         if any(_shape(n) != _shape(out) or meta(n).dtype != meta(out).dtype for n in aliases):
             self.refuse(3, "its result is written in place into another tensor, of which views are read afterwards")
             return None
-        biases = self._biases([n for n in ends if _is_float(n) and meta(n).dim() < 3], inside)
         nodes = {n for n in inside if n.op not in ("placeholder", "get_attr")}
         nodes |= {cut.nodes[0] for cut in (*self.ups, self.down) if cut.select is not None}
         top_k = self._top_k(ids, x)
@@ -232,7 +238,7 @@ class Proposals:
             down=self.down,
             biases=biases,
             nodes=tuple(sorted(nodes)),
-            constants=tuple(n for n in ends if not any(n in bias for bias in biases)),
+            constants=constants,
             aliases=tuple(aliases),
             top_k=top_k,
         )

@@ -176,7 +176,7 @@ def test_what_runs_is_what_was_installed(probed: dict[str, Any], home: Path) -> 
 
 def test_doctor_finds_all_well(home: Path) -> None:
     printed = run(home / PYTHON, "-m", "inductor_ext", "doctor", cwd=home)
-    assert re.search(r"^ +cpu +usable$", printed, re.MULTILINE), printed
+    assert re.search(r"^ +linear: cpu +usable$", printed, re.MULTILINE), printed
 
 
 def test_torch_compile_finds_the_backend_by_its_name(home: Path) -> None:
