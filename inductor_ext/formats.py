@@ -174,6 +174,8 @@ SEQUENTIAL = BitOrder("sequential", tuple(range(8)))
 EXLLAMA = BitOrder("exllama", (0, 2, 4, 6, 1, 3, 5, 7))
 """Even values in the low half-word, odd ones in the high: GPTQ kernels after their shuffle. AWQ packs so along N, on
 disk."""
+PLANES = BitOrder("planes of 64", (0, 1, 2, 3), 256)
+"""The Triton kernels' words of 16 bits: a mask and a shift give 64 neighbours (``kernels/gpu/planes.py``)."""
 
 BIT_ORDERS: dict[torch.dtype, tuple[BitOrder, ...]] = {
     torch.int32: (
@@ -190,7 +192,11 @@ BIT_ORDERS: dict[torch.dtype, tuple[BitOrder, ...]] = {
         *(BitOrder(f"halves of {n}", (0, 1), n) for n in (32, 64, 128, 256)),
         *(BitOrder(f"halves of {n}, high nibble first", (1, 0), n) for n in (32, 64, 128, 256)),
     ),
-    torch.int16: (BitOrder("sequential, 16 bit", (0, 1, 2, 3)), BitOrder("reversed, 16 bit", (3, 2, 1, 0))),
+    torch.int16: (
+        BitOrder("sequential, 16 bit", (0, 1, 2, 3)),
+        BitOrder("reversed, 16 bit", (3, 2, 1, 0)),
+        PLANES,
+    ),
     torch.int64: (
         BitOrder("sequential, 64 bit", tuple(range(16))),
         BitOrder("reversed, 64 bit", tuple(range(15, -1, -1))),

@@ -95,7 +95,7 @@ class Prepacked(nn.Module):
 
     def stored_codes(self) -> Tensor:
         """The codes as they were stored before ``prepack_``."""
-        canonical = kernels.load(self._kernel).unpack(self._packed())
+        canonical = kernels.load(self._kernel).unpack(self._packed(), self._n, self.in_features, self._group_size)
         return self._recipe.reading.codes.write(canonical.logical(canonical.stored_codes()), self._stored_like)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -42,6 +42,10 @@ def pack_words(codes: Tensor) -> Tensor:
     return shifted.sum(-1).to(torch.uint32).view(torch.int32)
 
 
+def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tensor:
+    return cpu.run(x, packed, bias, packed.qweight.shape[0], group_size)
+
+
 def make(N: int, K: int, G: int, zeros: str = "none", dtype: torch.dtype = torch.bfloat16) -> tuple[Packed, Tensor]:
     """A random weight and its value [N, K] in float64, computed without the package."""
     codes = torch.randint(0, 16, (N, K))
@@ -71,7 +75,7 @@ def test_close_to_float64(isa: str, dtype: torch.dtype, zeros: str) -> None:
             bias = (None, torch.randn(N), torch.randn(N).to(dtype))[(i + j) % 3]
             for M in ROWS:
                 x = torch.randn(M, K).to(dtype)
-                y = cpu.run(x, packed, bias, G)
+                y = run(x, packed, bias, G)
                 assert y.dtype == dtype
                 assert y.shape == (M, N)
                 reference = x.double() @ weight.T + (0 if bias is None else bias.double())
@@ -91,20 +95,20 @@ def test_groups_of_any_multiple_of_eight(isa: str, G: int) -> None:
     for M in (1, 6, 40):
         for dtype in DTYPES:
             x = torch.randn(M, weight.shape[1]).to(dtype)
-            assert error(cpu.run(x, packed, None, G), x.double() @ weight.T) <= BOUNDS[dtype]
+            assert error(run(x, packed, None, G), x.double() @ weight.T) <= BOUNDS[dtype]
 
 
 def test_many_rows_are_done_in_blocks(isa: str) -> None:
     packed, weight = make(40, 640, 32, "int")
     x = torch.randn(523, 640)
-    assert error(cpu.run(x, packed, None, 32), x.double() @ weight.T) <= BOUNDS[torch.float32]
+    assert error(run(x, packed, None, 32), x.double() @ weight.T) <= BOUNDS[torch.float32]
 
 
 def test_long_sums_stay_within_the_float32_bound(isa: str) -> None:
     packed, weight = make(48, 14336, 14336)
     for M in (1, 32):
         x = torch.randn(M, 14336)
-        assert error(cpu.run(x, packed, None, 14336), x.double() @ weight.T) <= BOUNDS[torch.float32]
+        assert error(run(x, packed, None, 14336), x.double() @ weight.T) <= BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,7 +118,7 @@ def test_the_number_of_threads_does_not_change_a_bit(isa: str, dtype: torch.dtyp
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
-        results.append([cpu.run(x, packed, None, 128) for x in inputs])
+        results.append([run(x, packed, None, 128) for x in inputs])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
@@ -127,7 +131,7 @@ def test_a_bad_scale_spoils_its_own_row_only(isa: str, dtype: torch.dtype, bad: 
         packed.scales.view(torch.int32)[20, 0] = bad
         packed.scales.view(torch.int32)[33, -1] = bad
         for M in (1, 5, 40):
-            y = cpu.run(torch.randn(M, K).to(dtype), packed, None, G)
+            y = run(torch.randn(M, K).to(dtype), packed, None, G)
             spoilt = ~torch.isfinite(y).all(0)
             assert spoilt.nonzero().flatten().tolist() == [20, 33], (G, K, M)
 
@@ -145,7 +149,7 @@ def test_rounding_matches_torch(isa: str) -> None:
     exact = (codes.float().view(21, -1, 8) - 8) * scales.unsqueeze(-1)
     for dtype in DTYPES:
         for M in (3, K):
-            y = cpu.run(torch.eye(M, K).to(dtype), packed, None, 8)
+            y = run(torch.eye(M, K).to(dtype), packed, None, 8)
             assert torch.equal(y, exact.view(21, K).T[:M].to(dtype))
 
 
@@ -154,22 +158,22 @@ def test_act_order(isa: str) -> None:
     order = torch.randperm(96).int()
     for M in (1, 20):
         x = torch.randn(M, 96)
-        y = cpu.run(x, packed._replace(order=order), None, 32)
+        y = run(x, packed._replace(order=order), None, 32)
         assert error(y, x.double() @ stored[:, order.long()].T) <= BOUNDS[torch.float32]
 
 
 def test_no_rows_and_no_columns(isa: str) -> None:
     packed, _ = make(7, 64, 32)
-    assert cpu.run(torch.empty(0, 64), packed, None, 32).shape == (0, 7)
+    assert run(torch.empty(0, 64), packed, None, 32).shape == (0, 7)
     empty, _ = make(0, 64, 32)
-    assert cpu.run(torch.randn(3, 64), empty, None, 32).shape == (3, 0)
+    assert run(torch.randn(3, 64), empty, None, 32).shape == (3, 0)
 
 
 def test_pack_copies_nothing_and_unpack_gives_it_back() -> None:
     packed, _ = make(5, 64, 32, "int")
     canonical = PackedInt4(packed.qweight, packed.scales, packed.zeros, torch.randperm(64).int())
     there = cpu.pack(canonical)
-    back = cpu.unpack(there)
+    back = cpu.unpack(there, 5, 64, 32)
     for name in ("codes", "scales", "zeros", "order"):
         assert getattr(back, name) is getattr(canonical, name)
     assert there.qweight is canonical.codes
@@ -243,5 +247,5 @@ def test_an_order_that_is_no_permutation_is_still_defined() -> None:
     scales, x = torch.rand(16, 2), torch.randn(5, 64)
     for order in (torch.zeros(64, dtype=torch.int32), torch.randint(64, (64,), dtype=torch.int32)):
         expected = x.double() @ PackedInt4(codes, scales, None, order).dequantize(torch.float64).T
-        y = cpu.run(x, Packed(codes, scales, None, order), None, 32)
+        y = run(x, Packed(codes, scales, None, order), None, 32)
         assert (y - expected).norm() <= 2e-6 * expected.norm()

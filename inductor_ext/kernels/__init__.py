@@ -131,6 +131,22 @@ class Packed(NamedTuple):
     order: Tensor | None
 
 
+class Expected(NamedTuple):
+    """What one tensor of a layout must be."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Layout(NamedTuple):
+    """What the tensors of a ``Packed`` must be; zeros and order, if they are there."""
+
+    qweight: Expected
+    scales: Expected
+    zeros: Expected
+    order: Expected
+
+
 class Kernel(Protocol):
     """The functions that a kernel module has."""
 
@@ -145,10 +161,14 @@ class Kernel(Protocol):
     def pack(self, canonical: PackedInt4) -> Packed:
         """The kernel's layout of a weight. Tensors that need no change are passed through, not copied."""
 
-    def unpack(self, packed: Packed) -> PackedInt4:
-        """The inverse of pack, without loss."""
+    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+        """The inverse of pack, without loss, for a weight [N, K]."""
 
-    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tensor:
+    def layout(self, packed: Packed, N: int, K: int, group_size: int) -> Layout:
+        """What the tensors of a weight [N, K] must be, for the op's door. Raises ValueError, with a sentence, if the
+        layout cannot hold such a weight."""
+
+    def run(self, x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
         """x [M, K] contiguous -> [M, N] in x's dtype, accumulated in float32 and rounded once."""
 
 
@@ -191,7 +211,11 @@ class MoeKernel(Protocol):
 
 
 KERNELS: dict[str, dict[str, str]] = {
-    "linear": {"cpu": "inductor_ext.kernels.cpu", "reference": "inductor_ext.kernels.reference"},
+    "linear": {
+        "cpu": "inductor_ext.kernels.cpu",
+        "triton": "inductor_ext.kernels.gpu.linear",
+        "reference": "inductor_ext.kernels.reference",
+    },
     "moe": {"cpu": "inductor_ext.kernels.cpu_moe", "reference": "inductor_ext.kernels.reference_moe"},
 }
 """Every kernel by op, in no order: the oracle's priority lists say which is tried first on which device."""

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import Packed, Problem
+from inductor_ext.kernels import Packed, Problem, canonical
 
 NAME = "cpu"
 
@@ -47,15 +46,10 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-def pack(canonical: PackedInt4) -> Packed:
-    return Packed(canonical.codes, canonical.scales, canonical.zeros, canonical.order)
+pack, unpack, layout = canonical.pack, canonical.unpack, canonical.layout
 
 
-def unpack(packed: Packed) -> PackedInt4:
-    return PackedInt4(packed.qweight, packed.scales, packed.zeros, packed.order)
-
-
-def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tensor:
+def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
     if (reason := usable()) is not None:
         raise RuntimeError(reason)
     if packed.order is not None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import Packed, Problem
+from inductor_ext.kernels import Packed, Problem, canonical
 
 NAME = "reference"
 
@@ -20,17 +19,12 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-def pack(canonical: PackedInt4) -> Packed:
-    return Packed(canonical.codes, canonical.scales, canonical.zeros, canonical.order)
+pack, unpack, layout = canonical.pack, canonical.unpack, canonical.layout
 
 
-def unpack(packed: Packed) -> PackedInt4:
-    return PackedInt4(packed.qweight, packed.scales, packed.zeros, packed.order)
-
-
-def run(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int) -> Tensor:
-    weight = unpack(packed)
-    out = torch.empty(x.shape[0], weight.N, dtype=x.dtype, device=x.device)
+def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
+    weight = unpack(packed, N, x.shape[1], group_size)
+    out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     wide = x.float()
     for rows, block in weight.blocks():  # the dequantised weight never exists as a whole
         out[:, rows] = torch.nn.functional.linear(

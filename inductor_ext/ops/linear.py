@@ -39,47 +39,45 @@ def _require(ok: Any, message: Callable[[], str]) -> None:
         torch._check(ok, lambda: f"w4a16::linear: {message()}")
 
 
-def _check(name: str, x: Tensor, features: int, packed: Packed, N: int, K: int, group_size: int) -> None:
-    """The ops' door: every argument against every other. ``features`` is what x [..., features] must have.
+def _check(name: str, x: Tensor, packed: Packed, N: int, K: int, group_size: int, kernel: str) -> None:
+    """The ops' door: every argument against every other.
 
     Raises RuntimeError naming the argument, what it was and what is allowed.
     """
     _require(x.dtype in _DTYPES, lambda: f"{name} must be float16, bfloat16 or float32, it is {x.dtype}.")
-    _require(x.dim() >= 1, lambda: f"{name} must have at least one dimension, it is a scalar.")
-    _require(x.shape[-1] == features, lambda: f"{name} must be [..., {features}], it is {_of(x)}.")
-    qweight, scales, zeros, order = packed
-    _tensor("qweight", qweight, (N, K // 8), (torch.int32,), x.device)
-    _require(K % 8 == 0, lambda: f"K must be a multiple of 8, it is {K}.")
-    _require(group_size > 0 and K % group_size == 0, lambda: f"group_size {group_size} does not divide K={K}.")
-    _tensor("scales", scales, (N, K // group_size), _DTYPES, x.device)
-    if zeros is not None:
-        _tensor("zeros", zeros, (N, K // group_size), (torch.uint8, *_DTYPES), x.device)
-    if order is not None:
-        _tensor("order", order, (K,), (torch.int32,), x.device)
+    _require(
+        group_size > 0 and K % group_size == 0,
+        lambda: f"group_size {group_size} does not divide K={K}; {name} is {_of(x)}.",
+    )
+    try:
+        layout = kernels.load(kernel).layout(packed, N, K, group_size)
+    except ValueError as error:
+        raise RuntimeError(f"w4a16::linear: {error} {name} is {_of(x)}.") from None
+    for field, tensor, expected in zip(Packed._fields, packed, layout, strict=True):
+        if tensor is not None:
+            _tensor(field, tensor, expected.shape, expected.dtypes, x.device, f" for {name} {_of(x)}")
 
 
 def _tensor(
-    name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+    name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, of: str = ""
 ) -> None:
     allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     _require(t.dtype in dtypes, lambda: f"{name} must be {allowed}, it is {t.dtype}.")
-    _require(tuple(t.shape) == shape, lambda: f"{name} must be {list(shape)}, it is {_of(t)}.")
+    _require(tuple(t.shape) == shape, lambda: f"{name} must be {list(shape)}{of}, it is {_of(t)}.")
     _require(t.device == device, lambda: f"{name} is on {t.device}, the activations are on {device}.")
     _require(t.is_contiguous(), lambda: f"{name} must be contiguous, it has strides {list(t.stride())}.")
 
 
-def _check_linear(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> None:
-    _require(packed.qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(packed.qweight)}.")
-    K = 8 * packed.qweight.shape[1]
-    _check("x", x, K, packed, N, K, group_size)
+def _check_linear(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int, kernel: str) -> None:
+    _require(x.dim() >= 1, lambda: "x must have at least one dimension, it is a scalar.")
+    _check("x", x, packed, N, x.shape[-1], group_size, kernel)
     if bias is not None:
         _tensor("bias", bias, (N,), (x.dtype,), x.device)
 
 
-def _check_grad(grad: Tensor, packed: Packed, K: int, group_size: int) -> None:
-    _require(packed.qweight.dim() == 2, lambda: f"qweight must be [N, K/8], it is {_of(packed.qweight)}.")
-    N = packed.qweight.shape[0]
-    _check("grad", grad, N, packed, N, K, group_size)
+def _check_grad(grad: Tensor, packed: Packed, K: int, group_size: int, kernel: str) -> None:
+    _require(grad.dim() >= 1, lambda: "grad must have at least one dimension, it is a scalar.")
+    _check("grad", grad, packed, grad.shape[-1], K, group_size, kernel)
 
 
 def _of(t: Tensor) -> str:
@@ -101,7 +99,7 @@ def _(
     group_size: int,
     kernel: str = "reference",
 ) -> Tensor:
-    _check_linear(x, Packed(qweight, scales, zeros, order), bias, out_features, group_size)
+    _check_linear(x, Packed(qweight, scales, zeros, order), bias, out_features, group_size, kernel)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -116,7 +114,7 @@ def _(
     group_size: int,
     kernel: str = "reference",
 ) -> Tensor:
-    _check_grad(grad, Packed(qweight, scales, zeros, order), in_features, group_size)
+    _check_grad(grad, Packed(qweight, scales, zeros, order), in_features, group_size, kernel)
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
@@ -135,9 +133,9 @@ def _linear(
     kernel: str = "reference",
 ) -> Tensor:
     packed = Packed(qweight, scales, zeros, order)
-    _check_linear(x, packed, bias, out_features, group_size)
+    _check_linear(x, packed, bias, out_features, group_size, kernel)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    out = kernels.load(kernel).run(rows, packed, bias, group_size)
+    out = kernels.load(kernel).run(rows, packed, bias, out_features, group_size)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -152,8 +150,8 @@ def _linear_grad_x(
     kernel: str = "reference",
 ) -> Tensor:
     packed = Packed(qweight, scales, zeros, order)
-    _check_grad(grad, packed, in_features, group_size)
-    weight: PackedInt4 = kernels.load(kernel).unpack(packed)
+    _check_grad(grad, packed, in_features, group_size, kernel)
+    weight: PackedInt4 = kernels.load(kernel).unpack(packed, grad.shape[-1], in_features, group_size)
     rows = grad.reshape(-1, grad.shape[-1]).float()
     out = torch.zeros(rows.shape[0], in_features, dtype=torch.float32, device=grad.device)
     for some, block in weight.blocks():

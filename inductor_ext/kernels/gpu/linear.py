@@ -1,0 +1,149 @@
+"""The Triton kernels for ``w4a16::linear``: by the number of rows a fused kernel in one of its variants, or
+dequantising once and a dense matmul."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_ext import oracle
+from inductor_ext.kernels import Packed, Problem
+from inductor_ext.kernels.gpu import planes, tuning
+
+NAME = "triton"
+
+_FLOATS = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def usable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "The package triton is not installed."
+    if not torch.cuda.is_available():
+        return "There is no GPU that torch can use."
+    return None
+
+
+def reject(problem: Problem) -> str | None:
+    if problem.op != "linear":
+        return f"The kernel computes linear, not {problem.op}."
+    if problem.device != "cuda":
+        return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
+    if problem.dtype not in _FLOATS:
+        return f"The activations must be float16 or bfloat16, not {problem.dtype}."
+    if problem.scale_dtype not in planes.SCALES:
+        return f"The scales must be float16, bfloat16 or float32, not {problem.scale_dtype}."
+    return planes.why_not(problem.K, problem.group_size)
+
+
+pack, unpack, layout = planes.pack, planes.unpack, planes.layout
+
+
+def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
+    M, K = x.shape
+    arch = _arch(x.device)
+    if tuning.dense_from(arch, _float_zeros(packed)) <= M:
+        return torch.nn.functional.linear(x, dequantise(packed, N, K, group_size, x.dtype), bias)
+    out = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    if M > 0:
+        launch(tuning.dense(M, N, K, arch, _processors(x.device)), x, packed, bias, group_size, out)
+    return out
+
+
+def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
+    """The fused kernel with these parameters: out [M, N] = x [M, K] @ W^T + bias. Apart from ``run`` for tuning."""
+    from inductor_ext.kernels.gpu.dense import linear_kernel
+    from inductor_ext.kernels.gpu.workspace import counters
+
+    (M, K), N = x.shape, out.shape[1]
+    down, across, _ = packed.qweight.shape
+    tiles = down * planes.ROWS // config.BN * -(-M // config.BM)
+    parts = arrived = None
+    if config.SPLITS > 1:
+        parts = torch.empty(tiles * config.SPLITS * config.BN * config.BM, dtype=torch.float32, device=x.device)
+        arrived = counters(tiles, x.device)
+    linear_kernel[(tiles, config.SPLITS)](
+        x,
+        packed.qweight,
+        _words(packed.scales),
+        None if packed.zeros is None else _words(packed.zeros),
+        bias,
+        out,
+        parts,
+        arrived,
+        M,
+        N,
+        K,
+        down * planes.ROWS,
+        across,
+        SPLITS=config.SPLITS,
+        ONE=M <= config.BM,
+        BN=config.BN,
+        BM=config.BM,
+        WIDTH=config.WIDTH if group_size != 32 else 32,
+        BY_SUMS=config.BY_SUMS or _float_zeros(packed),
+        WIDE=config.WIDE,
+        STAGES=config.STAGES,
+        num_warps=config.num_warps,
+        **_meaning(packed, K, group_size, x.device),
+    )
+
+
+def dequantise(packed: Packed, N: int, K: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """[N, K] in ``dtype``, each element rounded once; columns in stored order."""
+    from inductor_ext.kernels.gpu.dequantise import dequantise_kernel
+
+    down, across, _ = packed.qweight.shape
+    out = torch.empty(N, K, dtype=dtype, device=packed.qweight.device)
+    dequantise_kernel[(2 * across, down)](
+        packed.qweight,
+        _words(packed.scales),
+        None if packed.zeros is None else _words(packed.zeros),
+        out,
+        N,
+        K,
+        down * planes.ROWS,
+        across,
+        num_warps=4,
+        **_meaning(packed, K, group_size, out.device),
+    )
+    return out
+
+
+def _float_zeros(packed: Packed) -> bool:
+    return packed.zeros is not None and packed.zeros.dtype != torch.int16
+
+
+def _words(values: Tensor) -> Tensor:
+    """16-bit pairs as the 32-bit words that a kernel loads."""
+    return values if values.dtype == torch.float32 else values.view(torch.int32)
+
+
+_KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "int16"}
+
+
+def _meaning(packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
+    """What the kernels must know of a weight when they are compiled."""
+    return {
+        "G": 0 if group_size == K else group_size,
+        "KIND": _KINDS[packed.scales.dtype],
+        "WHOLE": K % planes.COLUMNS == 0,
+        "ZEROS": "none" if packed.zeros is None else _KINDS[packed.zeros.dtype],
+        "PTX": not tuning.is_amd(_arch(device)),
+    }
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    return oracle.arch(device)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

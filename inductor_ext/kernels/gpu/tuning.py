@@ -1,0 +1,59 @@
+"""Which variant of the dense kernel runs a shape: by rules with few numbers, per architecture.
+
+Measured on sm_90 (bench/RESULTS.md). Elsewhere the rules are the same and the numbers reasoned, not measured: matrix
+instructions of AMD have at least 16 columns, and 64 KB of shared memory leave room for fewer stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Launch parameters of the dense kernel; see ``mainloop.accumulate``."""
+
+    BN: int
+    BM: int
+    WIDTH: int
+    WIDE: bool
+    SPLITS: int
+    BY_SUMS: bool
+    STAGES: int
+    num_warps: int
+
+
+def is_amd(arch: str) -> bool:
+    return arch.startswith("gfx")
+
+
+def dense_from(arch: str, float_zeros: bool) -> int:
+    """From how many rows on dequantising once and a dense matmul is faster. Zeros that are no integers cannot be taken
+    off the codes, which costs the fused kernel another matmul."""
+    return 65 if float_zeros else 448
+
+
+def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
+    """For M rows of N results; ``processors`` are the device's SMs or CUs."""
+    amd, steps = is_amd(arch), -(-K // 256)
+    if M <= 8 and not amd:
+        # Many small programs: what counts is how many bytes are under way.
+        splits = _splits(-(-N // 32), steps, 3 * processors)
+        stages = 4 if splits > 1 and steps >= 8 * splits else 3
+        return Config(BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, STAGES=stages, num_warps=2)
+    if M <= 64 or amd:
+        BM = 16 if M <= 16 else 32 if M <= 32 else 64
+        splits = _splits(-(-N // 64) * -(-M // BM), steps, (3 if BM == 16 else 2.2) * processors)
+        return Config(64, BM, 64, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=2 if amd else 3, num_warps=4)
+    BN = 128 if -(-N // 64) % 2 == 0 else 64
+    splits = _splits(-(-N // BN) * -(-M // 128), steps, processors)
+    return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=3, num_warps=BN // 16)
+
+
+def _splits(tiles: int, steps: int, wanted: float) -> int:
+    """How many programs share a tile, so that there are about as many as wanted: a power of two, three steps each at
+    the least."""
+    splits = 1
+    while 1.5 * tiles * splits < wanted and steps >= 6 * splits and splits < 16:
+        splits *= 2
+    return splits
