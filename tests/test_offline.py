@@ -28,10 +28,14 @@ def uses_matrix_units(facts: offline.Facts, target: str, dtype: str) -> bool:
     return any(re.fullmatch(wanted, instruction) for instruction in facts.matrix)
 
 
-def field(target: str, dtype: str, tile: field_gemm.Tile) -> offline.Facts:
-    pointers = {"a": f"*{dtype}", "b_q": "*i32", "scales": f"*{dtype}", "qzeros": "*i32", "out": f"*{dtype}"}
+def field(target: str, dtype: str, tile: field_gemm.Tile, zeros: bool = True) -> offline.Facts:
+    pointers = {"a": f"*{dtype}", "b_q": "*i32", "scales": f"*{dtype}", "out": f"*{dtype}"}
     numbers = dict.fromkeys(("M", "words", "K", "group_size", "zp_bias"), "i32")
-    constexprs = {"HAS_ZEROS": True, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+    constexprs = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+    if zeros:
+        pointers["qzeros"] = "*i32"
+    else:
+        constexprs["qzeros"] = None
     return offline.compile(field_gemm.field_gemm, pointers | numbers, constexprs, target, tile.warps, tile.stages)
 
 
@@ -48,17 +52,18 @@ def test_the_field_s_gemm(target: str, M: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("target", offline.TARGETS)
-def test_the_field_s_gemm_with_groups_of_32(target: str) -> None:
+def test_the_field_s_gemm_with_groups_of_32_and_one_zero(target: str) -> None:
     """The smallest tile is cut to half the columns there, so a thread has two words of the weight and not four."""
-    facts = field(target, "fp16", field_gemm.tile(target, M=1, K=4096, group_size=32))
+    facts = field(target, "fp16", field_gemm.tile(target, M=1, K=4096, group_size=32), zeros=False)
     assert uses_matrix_units(facts, target, "fp16"), facts.matrix
     assert facts.spills == 0
     assert facts.load_bytes("tl.load(b_q") == {8}
+    assert facts.load_bytes("tl.load(qzeros") == set()
 
 
 # A tile far too large for a warp.
 @pytest.mark.parametrize("target", ["gfx1100", "sm_90"])
 def test_a_bad_kernel_would_be_seen(target: str) -> None:
-    facts = field(target, "fp16", field_gemm.Tile(128, 64, 64, 1, 2))
+    facts = field(target, "fp16", field_gemm.Tile(128, 64, 32, 1, 2))
     assert facts.spills > 0
     assert not uses_matrix_units(facts, target, "bf16")

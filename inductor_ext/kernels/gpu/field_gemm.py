@@ -62,14 +62,13 @@ def field_gemm(
     a,  # [M, K] float16 | bfloat16
     b_q,  # [K, words] int32
     scales,  # [K / group_size, 8 * words] of a's dtype
-    qzeros,  # [K / group_size, words] int32, not read without HAS_ZEROS
+    qzeros,  # [K / group_size, words] int32, or None, which compiles a kernel of its own
     out,  # [M, 8 * words] of a's dtype
     M,
     words,  # N / 8, not N: compiled for N / 8 a multiple of 16, whose rows are aligned for 128-bit loads
     K,
     group_size,
     zp_bias,
-    HAS_ZEROS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,  # divides group_size, or there is one group only
@@ -93,10 +92,10 @@ def field_gemm(
         packed = tl.load(b_q + k[:, None] * words + w[None, :], mask=inside[:, None] & (w < words)[None, :], other=0)
         group = start // group_size
         scale = tl.load(scales + group * N + n, mask=n < N, other=0.0)
-        if HAS_ZEROS:
-            zero = tl.reshape(unpacked(tl.load(qzeros + group * words + w, mask=w < words, other=0)), (1, BN))
-        else:
+        if qzeros is None:
             zero = zp_bias
+        else:
+            zero = tl.reshape(unpacked(tl.load(qzeros + group * words + w, mask=w < words, other=0)), (1, BN))
         code = tl.reshape(unpacked(packed), (BK, BN))
         weight = (code - zero).to(x.dtype) * scale[None, :]
         acc = tl.dot(x, weight, acc)
@@ -125,14 +124,13 @@ def run(a: Tensor, b_q: Tensor, scales: Tensor, qzeros: Tensor | None, group_siz
             a,
             b_q,
             scales,
-            b_q if qzeros is None else qzeros,
+            qzeros,
             out,
             M,
             b_q.shape[1],
             K,
             group_size,
             zp_bias,
-            HAS_ZEROS=qzeros is not None,
             BM=BM,
             BN=BN,
             BK=BK,
