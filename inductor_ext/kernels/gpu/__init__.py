@@ -1,1 +1,1 @@
-"""The Triton kernels, for NVIDIA and AMD GPUs. Only ``planes`` can be imported without triton."""
+"""The Triton kernels, for NVIDIA and AMD GPUs. What chooses, packs and refuses can be imported without triton."""

@@ -3,6 +3,7 @@ dequantising once and a dense matmul."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from typing import Any
@@ -44,6 +45,12 @@ pack, unpack, layout = planes.pack, planes.unpack, planes.layout
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
+    # Triton launches on the current device, whatever the tensors'.
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        return _run(x, packed, bias, N, group_size)
+
+
+def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     M, K = x.shape
@@ -135,7 +142,7 @@ def _meaning(packed: Packed, K: int, group_size: int, device: torch.device) -> d
         "KIND": _KINDS[packed.scales.dtype],
         "WHOLE": K % planes.COLUMNS == 0,
         "ZEROS": "none" if packed.zeros is None else _KINDS[packed.zeros.dtype],
-        "PTX": not tuning.is_amd(_arch(device)),
+        "PTX": _arch(device).startswith("sm_"),
     }
 
 

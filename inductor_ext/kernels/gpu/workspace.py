@@ -7,28 +7,58 @@ counters that are nobody else's, for good; a graph never runs beside itself.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
 _CHUNK = 1 << 18
 """Counters made at once, 1 MiB."""
+_OF_A_STREAM = 4096
+_ALIGNED = 32
+"""A cache line of counters. Triton compiles anew for addresses that are not multiples of 16, during a capture too."""
+
+_chunks: list[Tensor] = []
+"""Never freed: a graph holds addresses, which keep nothing alive."""
+_rest: dict[torch.device, Tensor] = {}
+"""Of the newest chunk, what nobody has yet."""
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
-_pool: dict[torch.device, Tensor] = {}
 
 
 def counters(count: int, device: torch.device) -> Tensor:
     """int32 [>= count], zeros, for one launch on the current stream that leaves them zero."""
+    if device.type != "cuda":  # Triton's interpreter, which has no streams, or a launch that is only looked at
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        rest = _pool.get(device)
-        if rest is None or rest.numel() < count:  # nothing can be zeroed outside the graph now: the graph does it
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _pool[device] = rest[count:]
-        return rest[:count]
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    mine = _of_stream.get(key)
+        if device in _rest and _rest[device].numel() >= count + _ALIGNED:
+            return _take(count, device)
+        return torch.zeros(count, dtype=torch.int32, device=device)  # by the graph: outside it nothing can be now
+    mine = _of_stream.get((device, torch.cuda.current_stream(device).cuda_stream))
     if mine is None or mine.numel() < count:
-        mine = _of_stream[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    if device not in _pool or _pool[device].numel() < _CHUNK // 4:
-        _pool[device] = torch.zeros(_CHUNK, dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()  # once a chunk: a graph on any stream may use it
+        count = max(count, _OF_A_STREAM)
+        _keep(count, device)
+        mine = _of_stream[device, torch.cuda.current_stream(device).cuda_stream] = _take(count, device)
+    _keep(_CHUNK // 4, device)  # for the next capture
     return mine
+
+
+def _take(count: int, device: torch.device) -> Tensor:
+    rest, count = _rest[device], -(-count // _ALIGNED) * _ALIGNED
+    _rest[device] = rest[count:]
+    return rest[:count]
+
+
+def _keep(count: int, device: torch.device) -> None:
+    """Makes a chunk if there are fewer than about so many counters that nobody has."""
+    if device not in _rest or _rest[device].numel() < count + _ALIGNED:
+        # On a thread of its own: when torch.compile warms up for CUDA graphs, what this one allocates lies in the
+        # graphs' memory, where nothing may stay.
+        with ThreadPoolExecutor(1) as thread:
+            _rest[device] = thread.submit(_chunk, max(count + _ALIGNED, _CHUNK), device).result()
+        _chunks.append(_rest[device])
+
+
+def _chunk(count: int, device: torch.device) -> Tensor:
+    zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    torch.cuda.current_stream(device).synchronize()  # any stream may use it
+    return zeros
