@@ -1,0 +1,135 @@
+"""Triton kernels compiled for a GPU that is not here, and what their machine code shows.
+
+facts = offline.compile(kernel, {"x": "*fp16", "M": "i32"}, {"BM": 64}, "gfx942", num_warps=4, num_stages=2)
+facts.spills, facts.shared, facts.load_bytes("tl.load(x")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KB = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    gpu: GPUTarget
+    shared: int
+    """Bytes of shared memory (LDS) that one program may have."""
+
+
+TARGETS = {
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KB),
+    "gfx950": Target(GPUTarget("hip", "gfx950", 64), 160 * KB),
+    "gfx1100": Target(GPUTarget("hip", "gfx1100", 32), 64 * KB),
+    "gfx1151": Target(GPUTarget("hip", "gfx1151", 32), 64 * KB),
+    "gfx1200": Target(GPUTarget("hip", "gfx1200", 32), 64 * KB),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * KB),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * KB),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KB),
+}
+"""By the names that `inductor_ext.oracle.arch` gives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    matrix: frozenset[str]
+    """The matrix instructions, with their shapes and dtypes: MFMA, WMMA, mma.sync, wgmma, tcgen05."""
+    spills: int
+    """AMD: registers spilled. NVIDIA: bytes of stack, which is where registers spill to."""
+    shared: int
+    """Bytes of shared memory (LDS)."""
+    loads: tuple[tuple[str, int], ...]
+    """Of every vector load from global memory: the line of source that it came from, and its bytes a thread."""
+
+    def load_bytes(self, source: str) -> set[int]:
+        """The widths of the loads from lines that contain ``source``, in bytes a thread."""
+        return {width for line, width in self.loads if source in line}
+
+
+def compile(
+    fn: Any, signature: dict[str, str], constexprs: dict[str, Any], target: str, num_warps: int, num_stages: int
+) -> Facts:
+    """Compiles a ``triton.jit`` function for TARGETS[target].
+
+    ``signature`` gives each runtime argument's type as Triton spells it ("*fp16", "i32"), ``constexprs`` the other
+    arguments' values. As at a launch with ordinary sizes, an argument counts as divisible by 16 unless the kernel has
+    it in do_not_specialize; without that there would be no wide loads.
+    """
+    types = signature | dict.fromkeys(constexprs, "constexpr")
+    place = {name: (index,) for index, name in enumerate(fn.arg_names)}
+    attributes = {
+        place[p.name]: [["tt.divisibility", 16]] for p in fn.params if p.name in signature and not p.do_not_specialize
+    }
+    source = ASTSource(fn, types, {place[name]: value for name, value in constexprs.items()}, attributes)
+    gpu = TARGETS[target].gpu
+    built = triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
+    if gpu.backend == "hip":
+        text = built.asm["amdgcn"]
+        spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+    else:
+        text = built.asm["ptx"]
+        spills = _stack(built.asm["cubin"])
+    return Facts(frozenset(_MATRIX.findall(text)), spills, built.metadata.shared, tuple(_loads(text)))
+
+
+_MATRIX = re.compile(r"\b(?:v_s?mfma|v_s?wmma|mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
+_LOCATION = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.MULTILINE)
+_AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(?:lds_)?(\w+)")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::\w+)?\.global[\w.:]*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)")
+_PTX_LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\s")
+
+
+def _loads(text: str) -> list[tuple[str, int]]:
+    """The compilers say before each instruction which line it came from."""
+    files = {number: str(Path(folder, name)) for number, folder, name in _FILE.findall(text)}
+    found, line = [], ""
+    for row in text.splitlines():
+        if location := _LOCATION.match(row):
+            line = linecache.getline(files[location[1]], int(location[2])).strip()
+        elif width := _load_bytes(row):
+            found.append((line, width))
+    return found
+
+
+def _load_bytes(row: str) -> int:
+    """The bytes a thread loads by this instruction; 0 if it is no load from global memory."""
+    if amd := _AMD_LOAD.search(row):
+        return _amd_bytes(amd[1])
+    if copy := _COPY.search(row):
+        return int(copy[1], 0)
+    if ptx := _PTX_LOAD.search(row):
+        return int(ptx[1] or 1) * int(ptx[2]) // 8
+    return 0
+
+
+def _amd_bytes(kind: str) -> int:
+    """b128, dwordx4 -> 16; b32, dword -> 4; u16, ushort, short_d16, d16_b16 -> 2; ..."""
+    if bits := re.search(r"[bui](\d+)$", kind):
+        return int(bits[1]) // 8
+    if kind.startswith("dword"):
+        return 4 * int(kind[len("dwordx") :] or 1)
+    return 2 if "short" in kind else 1
+
+
+def _stack(cubin: bytes) -> int:
+    """Bytes of stack a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    (stack,) = re.findall(r"STACK:(\d+)", said.stdout)
+    return int(stack)
