@@ -4,6 +4,7 @@ against."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -66,7 +67,7 @@ class ExpertRecipe:
     pieces: tuple[Piece, ...]
     experts: int
 
-    @property
+    @functools.cached_property  # long, and looked up at every call
     def token(self) -> str:
         return f"{[part.token for part in self.parts]} {self.pieces} {self.experts}"
 

@@ -237,7 +237,7 @@ ROUTES: dict[str, Callable[[], Tensor]] = {
     "an id twice in a row": lambda: torch.randint(16, (20, 2), dtype=torch.int32).repeat(1, 2),
     "zipf": lambda: zipf(80, 16, 4),
     "some of nobody": lambda: torch.where(torch.rand(30, 3) < 0.5, -1, torch.randint(16, (30, 3))).int(),
-    "a token without an expert": lambda: torch.cat((torch.full((1, 2), -7), torch.randint(16, (9, 2)))).int(),
+    "a token without an expert": lambda: torch.cat((torch.full((1, 2), -1), torch.randint(16, (9, 2)))).int(),
     "all of nobody": lambda: torch.full((5, 2), -1, dtype=torch.int32),
 }
 
@@ -251,6 +251,7 @@ def test_routes(isa: str, route: str) -> None:
     # What nobody computes counts for nothing, whatever its weight.
     weights = torch.where(ids < 0, torch.tensor([float("nan"), float("inf")])[torch.randint(2, ids.shape)], weights)
     y = experts.run(x, weights, ids)
+    assert torch.equal(y, experts.run(x, weights, ids.long()))
     expected = experts.reference(x, weights, ids)
     assert torch.equal(y[(ids < 0).all(1)], torch.zeros(int((ids < 0).all(1).sum()), 64))
     assert (y - expected).norm() <= BOUNDS[torch.float32] * expected.norm()
@@ -338,14 +339,22 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"x": torch.zeros(3, 96)},
         r"w13_codes must be \[E, N, K/8\] = \[4, 80, 12\]; its shape is \[4, 80, 8\]",
     ),
-    "ids dtype": ({"topk_ids": torch.zeros(3, 2).long()}, "topk_ids must be int32; it is Long"),
+    "ids dtype": ({"topk_ids": torch.zeros(3, 2)}, "topk_ids must be int32 or int64; it is Float"),
     "ids shape": (
         {"topk_ids": torch.zeros(2, 2).int()},
         r"topk_ids must be \[T, k\] = \[3, 2\]; its shape is \[2, 2\]",
     ),
     "id too high": (
         {"topk_ids": torch.tensor([[0, 1], [4, 0], [0, 0]]).int()},
-        "topk_ids must be below the number of experts, 4, or negative; one of them is 4",
+        r"topk_ids must be -1 or 0\.\.3, there is 4 in it",
+    ),
+    "id too low": (
+        {"topk_ids": torch.tensor([[0, 1], [-2, 0], [0, 0]])},
+        r"topk_ids must be -1 or 0\.\.3, there is -2 in it",
+    ),
+    "id beyond 32 bits": (
+        {"topk_ids": torch.full((3, 2), 2**32)},
+        r"topk_ids must be -1 or 0\.\.3, there is 4294967296 in it",
     ),
     "weights dtype": ({"topk_weights": torch.ones(3, 2).half()}, "topk_weights must be float32; it is Half"),
     "weights shape": (

@@ -32,9 +32,15 @@ T find(const Named<T> (&all)[count], const char* argument, const std::string& na
   fail(argument, " must be one of ", names, "; it is \"", name, "\".");
 }
 
-void check_ids(const int32_t* ids, int64_t count, int64_t E) {
-  for (int64_t i = 0; i < count; ++i)
-    if (ids[i] >= E) fail("topk_ids must be below the number of experts, ", E, ", or negative; one of them is ", ids[i], ".");
+template <class T>
+std::vector<int32_t> narrow_ids(const Tensor& ids, int64_t E) {
+  const T* given = static_cast<const T*>(ids.const_data_ptr());
+  std::vector<int32_t> narrow(ids.size(0) * ids.size(1));
+  for (size_t i = 0; i < narrow.size(); ++i) {
+    if (given[i] < -1 || given[i] >= E) fail("topk_ids must be -1 or 0..", E - 1, ", there is ", given[i], " in it.");
+    narrow[i] = static_cast<int32_t>(given[i]);
+  }
+  return narrow;
 }
 
 Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& w13_codes, const Tensor& w13_scales,
@@ -45,7 +51,8 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
   MoeCall call{};
   check_x(x, "H");
   check_layout(topk_ids, "topk_ids", 2);
-  if (topk_ids.scalar_type() != ScalarType::Int) fail_dtype(topk_ids, "topk_ids", "int32");
+  const bool wide_ids = topk_ids.scalar_type() == ScalarType::Long;
+  if (!wide_ids && topk_ids.scalar_type() != ScalarType::Int) fail_dtype(topk_ids, "topk_ids", "int32 or int64");
   check_layout(topk_weights, "topk_weights", 2);
   if (topk_weights.scalar_type() != ScalarType::Float) fail_dtype(topk_weights, "topk_weights", "float32");
   const int64_t T = x.size(0), H = x.size(1), k = topk_ids.size(1);
@@ -72,9 +79,9 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
   call.bias2 = check_bias(w2_bias, "w2_bias", {E, H}, "[E, H]", call.x_dtype, call.bias2_dtype);
 
   Tensor out = torch::stable::new_empty(x, {T, H});
-  call.ids = static_cast<const int32_t*>(topk_ids.const_data_ptr());
-  check_ids(call.ids, T * k, E);
   if (T == 0) return out;
+  const std::vector<int32_t> ids = wide_ids ? narrow_ids<int64_t>(topk_ids, E) : narrow_ids<int32_t>(topk_ids, E);
+  call.ids = ids.data();
   call.x = x.const_data_ptr();
   call.weights = static_cast<const float*>(topk_weights.const_data_ptr());
   call.out = out.mutable_data_ptr();

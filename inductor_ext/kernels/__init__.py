@@ -176,6 +176,8 @@ class MoeKernel(Protocol):
     """The functions that a kernel module for routed experts has."""
 
     NAME: str
+    CHECKS_IDS: bool
+    """Whether run takes int64 ids as well, and raises RuntimeError for one that is neither -1 nor a row."""
 
     def usable(self) -> str | None:
         """As Kernel.usable."""
@@ -205,7 +207,7 @@ class MoeKernel(Protocol):
     ) -> Tensor:
         """x [T, H] contiguous, topk_weights float32 [T, k], topk_ids int32 [T, k] -> [T, H] in x's dtype.
 
-        The ids are rows of the weights already (no expert_map), or negative: those contribute nothing, whatever their
+        The ids are rows of the weights already (no expert_map), or -1: those contribute nothing, whatever their
         weight. Accumulated in float32 in a fixed order; only act(h) may be rounded to x's dtype on the way.
         """
 

@@ -12,6 +12,7 @@ from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, cpu
 
 NAME = "cpu"
+CHECKS_IDS = True
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

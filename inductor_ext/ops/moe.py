@@ -3,10 +3,9 @@ and its gradients with respect to x and the router's weights."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ LIB.define(f"moe(Tensor x, {_WEIGHTS}) -> Tensor", tags=_TAGS)
 LIB.define(f"moe_grad(Tensor grad, Tensor x, {_WEIGHTS}) -> (Tensor grad_x, Tensor grad_topk_weights)", tags=_TAGS)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """The arguments of both ops after x, as the schema has them."""
 
     topk_weights: Tensor
@@ -182,6 +180,8 @@ def _tokens(name: str, t: Tensor, dtypes: Sequence[torch.dtype], x: Tensor) -> N
 
 
 def _tensor(name: str, t: Tensor, shape: tuple[int, ...], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    if t.dtype in dtypes and t.shape == shape and t.device == device and t.is_contiguous():
+        return  # as at every call but those that are about to raise
     _require(t.dtype in dtypes, lambda: f"{name} must be {_either(dtypes)}, it is {t.dtype}.")
     _require(tuple(t.shape) == shape, lambda: f"{name} must be {list(shape)}, it is {_of(t)}.")
     _require(t.device == device, lambda: f"{name} is on {t.device}, x is on {device}.")
@@ -223,11 +223,11 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _moe(x: Tensor, *rest: Any) -> Tensor:
     call = _Call(*rest)
     _check(x, call)
-    rows = _rows(call)
-    return kernels.load_moe(call.kernel).run(
+    kernel = kernels.load_moe(call.kernel)
+    return kernel.run(
         x.contiguous(),
         call.topk_weights.float().contiguous(),
-        rows,
+        call.topk_ids.contiguous() if kernel.CHECKS_IDS and call.expert_map is None else _rows(call),
         call.w13,
         call.w2,
         call.w13_bias,
@@ -292,8 +292,7 @@ _TENSORS = 12
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    names = [field.name for field in dataclasses.fields(_Call)]
-    for name, t in zip(names, inputs[1:_TENSORS], strict=False):
+    for name, t in zip(_Call._fields, inputs[1:_TENSORS], strict=False):
         if name not in ("topk_weights", "topk_ids") and t is not None and t.requires_grad:
             raise RuntimeError(
                 f"w4a16::moe gives no gradient to {name}, which requires one; only x and topk_weights can. Freeze it"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_ext.kernels.gpu.mainloop import accumulate, tile_pointers
+from inductor_ext.kernels.gpu.mainloop import accumulate, row_pointers
 
 _BAND: tl.constexpr = tl.constexpr(16)
 """Tiles along N that are taken together when there are several along M: their weights stay in the cache."""
@@ -58,7 +58,7 @@ def linear_kernel(
     first = part * share
     acc = accumulate(
         tl.zeros((BN, BM), tl.float32),
-        tile_pointers(w, n0, STEPS, BN, WIDTH),
+        row_pointers(w, n, STEPS, WIDTH),
         scales,
         zeros,
         n,

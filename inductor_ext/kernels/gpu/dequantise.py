@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from inductor_ext.kernels.gpu.codes import four_planes, number
-from inductor_ext.kernels.gpu.mainloop import tile_pointers
+from inductor_ext.kernels.gpu.mainloop import row_pointers
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def dequantise_kernel(
     n0 = tl.program_id(1) * 64
     n, j = n0 + tl.arange(0, 64), tl.arange(0, 32)
     dtype: tl.constexpr = out.dtype.element_ty
-    words = tl.load(tile_pointers(w, n0, STEPS, 64, 32) + tile * 4096 + part * 2048)
+    words = tl.load(row_pointers(w, n, STEPS, 32) + tile * 4096 + part * 2048)
     a, b, c, d = four_planes(words, dtype, PTX)
     for p in tl.static_range(4):
         k = tile * 256 + p * 64 + part * 32

@@ -21,9 +21,8 @@ from inductor_ext.kernels.gpu.codes import four_planes, number, side_by_side
 
 
 @triton.jit
-def tile_pointers(w, n0, steps, BN: tl.constexpr, WIDTH: tl.constexpr):
-    """Pointers [BN, WIDTH] to the first words of rows n0.. of a weight whose rows have ``steps`` tiles."""
-    n = n0 + tl.arange(0, BN)
+def row_pointers(w, n, steps, WIDTH: tl.constexpr):
+    """Pointers [BN, WIDTH] to the first words of the rows n of a weight whose rows have ``steps`` tiles."""
     j = tl.arange(0, WIDTH)
     row = (n // 64).to(tl.int64) * (steps * 4096) + n % 64 * 32
     return w + row[:, None] + (j // 32 * 2048 + j % 32)[None, :]
@@ -32,7 +31,7 @@ def tile_pointers(w, n0, steps, BN: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def accumulate(
     acc,  # float32 [BN, BM]
-    w,  # pointers from `tile_pointers`
+    w,  # pointers from `row_pointers`
     scales,
     zeros,  # or None: what `number` reads
     n,  # [BN] rows within scales and zeros

@@ -1,0 +1,156 @@
+"""Routed experts in Triton: ``up`` computes act(W13 x) for blocks of (token, choice) pairs of one expert, ``down`` the
+second projection times the router's weight, ``add_up`` each token's sum over its choices, in their order.
+
+With few tokens every pair is a block (PAIRWISE): nothing is sorted, and the last of a token's programs to arrive adds
+up. Otherwise ``routing.py`` has made the blocks. A program finds what it has to do in memory, so that a CUDA graph may
+be replayed with other routing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from inductor_ext.kernels.gpu.mainloop import accumulate, row_pointers
+from inductor_ext.kernels.gpu.routing import expert_of
+
+
+@triton.jit
+def _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM: tl.constexpr, PAIRWISE: tl.constexpr):
+    """The expert of this program's block (-1: nothing to do), and its pairs [BM] (-1: none)."""
+    block = tl.program_id(1)
+    if PAIRWISE:
+        expert = expert_of(ids, block, True, expert_map, NUMBER, E)
+        pair = tl.where(tl.arange(0, BM) == 0, block, -1)
+    else:
+        expert, pair = -1, tl.full((BM,), -1, tl.int32)
+        if block < tl.load(total):
+            expert = tl.load(block_expert + block)
+            pair = tl.load(slots + block * BM + tl.arange(0, BM))
+    return expert, pair
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def up_kernel(
+    x, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, h,
+    NUMBER, E, TOP_K, H, I, ROWS, STEPS, PAIRS_OF_GROUPS, alpha, limit,
+    GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, ON_INPUT: tl.constexpr,
+    PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """h [pairs, I] = act(W13 x + b13), rounded to h's dtype. A tile has the gates and the ups of the same outputs."""
+    expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
+    if expert >= 0:
+        OUT: tl.constexpr = BN if GATE_UP == "none" else BN // 2
+        n0 = tl.program_id(0) * OUT
+        i = tl.arange(0, BN)
+        if GATE_UP == "halves":
+            row = tl.minimum(n0 + i % OUT, I - 1) + i // OUT * I
+        else:
+            row = tl.minimum(n0 * (BN // OUT) + i, ROWS - 1)
+        e = expert.to(tl.int64)
+        is_row = pair >= 0
+        acc = accumulate(
+            tl.zeros((BN, BM), tl.float32),
+            row_pointers(w + e * ROWS * STEPS * 64, row, STEPS, WIDTH),
+            scales + e * PAIRS_OF_GROUPS * ROWS,
+            None if ZEROS == "none" else zeros + e * PAIRS_OF_GROUPS * ROWS,
+            row, ROWS,
+            x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * H, is_row[None, :],
+            H, 0, STEPS,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, WIDE, WHOLE, STAGES, PTX,
+        )  # fmt: skip
+        if ON_INPUT:
+            acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            rows = I if GATE_UP == "none" else 2 * I
+            acc += tl.load(bias + e * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+        if GATE_UP == "none":
+            y = _activated(acc, ACTIVATION)
+        else:
+            if GATE_UP == "halves":
+                gate, up = tl.split(tl.permute(tl.reshape(acc, (2, OUT, BM)), (1, 2, 0)))
+            else:
+                gate, up = tl.split(tl.permute(tl.reshape(acc, (OUT, 2, BM)), (0, 2, 1)))
+            if ACTIVATION == "swigluoai":
+                if LIMITED:
+                    gate = tl.minimum(gate, limit)
+                    up = tl.minimum(tl.maximum(up, -limit), limit)
+                y = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
+            else:
+                y = _activated(gate, ACTIVATION) * up
+        n = n0 + tl.arange(0, OUT)
+        where = pair.to(tl.int64)[None, :] * I + n[:, None]
+        tl.store(h + where, y.to(h.dtype.element_ty), mask=is_row[None, :] & (n < I)[:, None])
+
+
+@triton.jit
+def _activated(g, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        g *= tl.sigmoid(g)
+    elif ACTIVATION == "gelu":
+        g *= 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
+    elif ACTIVATION == "gelu_tanh":  # 1 + tanh(u) is 2 sigmoid(2 u)
+        g *= tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+    else:
+        g = tl.maximum(g, 0.0)
+    return g
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def down_kernel(
+    h, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, y, out, arrived,
+    NUMBER, E, TOP_K, I, H, ROWS, STEPS, PAIRS_OF_GROUPS, scaling,
+    ON_INPUT: tl.constexpr,
+    PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """y [pairs, H] = weight * (W2 h + b2). PAIRWISE, also out [T, H], its sums over a token's pairs, times scaling."""
+    expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    if expert >= 0:
+        e = expert.to(tl.int64)
+        is_row = pair >= 0
+        acc = accumulate(
+            tl.zeros((BN, BM), tl.float32),
+            row_pointers(w + e * ROWS * STEPS * 64, n, STEPS, WIDTH),
+            scales + e * PAIRS_OF_GROUPS * ROWS,
+            None if ZEROS == "none" else zeros + e * PAIRS_OF_GROUPS * ROWS,
+            n, ROWS,
+            h + tl.maximum(pair, 0).to(tl.int64)[None, :] * I, is_row[None, :],
+            I, 0, STEPS,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, WIDE, WHOLE, STAGES, PTX,
+        )  # fmt: skip
+        if bias is not None:
+            acc += tl.load(bias + e * H + n, mask=n < H, other=0.0).to(tl.float32)[:, None]
+        if not ON_INPUT:
+            acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
+        where = pair.to(tl.int64)[None, :] * H + n[:, None]
+        tl.store(y + where, acc.to(y.dtype.element_ty), mask=is_row[None, :] & (n < H)[:, None])
+    if PAIRWISE:
+        token = tl.program_id(1) // TOP_K
+        tl.debug_barrier()  # all of this program's part is written before it is announced
+        mine = arrived + token * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(mine, 1, sem="acq_rel") == TOP_K - 1:
+            tl.store(mine, 0)
+            _add_up(y, out, ids, expert_map, token, n, TOP_K, H, NUMBER, E, scaling)
+
+
+@triton.jit
+def add_up_kernel(y, out, ids, expert_map, TOP_K, H, NUMBER, E, scaling, BN: tl.constexpr):
+    """out [T, H]: each token's sum over its pairs, in their order, times scaling."""
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    _add_up(y, out, ids, expert_map, tl.program_id(0), n, TOP_K, H, NUMBER, E, scaling)
+
+
+@triton.jit
+def _add_up(y, out, ids, expert_map, token, n, TOP_K, H, NUMBER, E, scaling):
+    first = token.to(tl.int64) * TOP_K
+    acc = tl.zeros(n.shape, tl.float32)
+    for j in range(TOP_K):
+        # What no expert computed is not there to be read.
+        there = expert_of(ids, first + j, True, expert_map, NUMBER, E) >= 0
+        acc += tl.load(y + (first + j) * H + n, mask=there & (n < H), other=0.0, cache_modifier=".cg").to(tl.float32)
+    tl.store(out + token.to(tl.int64) * H + n, (acc * scaling).to(out.dtype.element_ty), mask=n < H)
