@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
+from interpreter import DEVICE
 from models import OWED, pack, rel_l2
 from torch import Tensor
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # bfloat16 is wrong in the interpreter
 
 gemm = torch.ops.w4a16.triton_w4a16_gemm
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -58,7 +59,12 @@ class Facts:
 
 
 def compile(
-    fn: Any, signature: dict[str, str], constexprs: dict[str, Any], target: str, num_warps: int, num_stages: int
+    fn: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    target: str,
+    num_warps: int,
+    num_stages: int | None = None,
 ) -> Facts:
     """Compiles a ``triton.jit`` function for TARGETS[target].
 
@@ -73,7 +79,8 @@ def compile(
     }
     source = ASTSource(fn, types, {place[name]: value for name, value in constexprs.items()}, attributes)
     gpu = TARGETS[target].gpu
-    built = triton.compile(source, target=gpu, options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
+    built = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
         text = built.asm["amdgcn"]
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
@@ -81,6 +88,56 @@ def compile(
         text = built.asm["ptx"]
         spills = _stack(built.asm["cubin"])
     return Facts(frozenset(_MATRIX.findall(text)), spills, built.metadata.shared, tuple(_loads(text)))
+
+
+_DOTS = {
+    "gfx942": r"v_mfma_f32_\w+_{}",
+    "gfx950": r"v_mfma_f32_\w+_{}",
+    "gfx1100": r"v_wmma_f32_16x16x16_{}",
+    "gfx1151": r"v_wmma_f32_16x16x16_{}",
+    "gfx1200": r"v_wmma_f32_16x16x16_{}",
+    "sm_80": r"mma\.sync.*\.f32\.{0}\.{0}\.f32",
+    "sm_90": r"mma\.sync.*\.f32\.{0}\.{0}\.f32|wgmma\.mma_async.*\.f32\.{0}\.{0}",
+    "sm_100": r"mma\.sync.*\.f32\.{0}\.{0}\.f32|tcgen05\.mma.*kind::f16",  # which is bfloat16's kind too
+}
+"""The instruction that a dot of two 16-bit operands becomes; {} stands for f16 or bf16."""
+
+
+def uses_matrix_units(facts: Facts, target: str, dtype: str) -> bool:
+    """Whether there is the target's instruction for a dot of two operands of this dtype."""
+    wanted = _DOTS[target].format(dtype.replace("fp16", "f16"))
+    return any(re.fullmatch(wanted, instruction) for instruction in facts.matrix)
+
+
+class Recorder:
+    """Stands in for a ``triton.jit`` function where it is launched, and keeps what it would have been launched with.
+
+    With tensors on the device "meta" nothing is computed and no memory is used.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+        self.given: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **named: self.given.update(dict(zip(self.fn.arg_names, args, strict=False)), **named)
+
+    def compile(self, target: str) -> Facts:
+        """What was launched last, for TARGETS[target]."""
+        given = dict(self.given)
+        num_warps = given.pop("num_warps")
+        runtime = {p.name for p in self.fn.params if not p.is_constexpr and given[p.name] is not None}
+        signature = {name: _type(given[name]) for name in self.fn.arg_names if name in runtime}
+        constexprs = {name: value for name, value in given.items() if name not in runtime}
+        return compile(self.fn, signature, constexprs, target, num_warps)
+
+
+def _type(value: Any) -> str:
+    """As Triton spells it."""
+    if isinstance(value, int):
+        return "i32"
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int16: "i16"}
+    return "*" + names.get(value.dtype, "i32")
 
 
 _MATRIX = re.compile(r"\b(?:v_s?mfma|v_s?wmma|mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")

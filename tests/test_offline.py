@@ -3,29 +3,11 @@ memory and load weights 128 bits at a time."""
 
 from __future__ import annotations
 
-import re
-
 import offline
 import pytest
+from offline import uses_matrix_units
 
 from inductor_ext.kernels.gpu import field_gemm
-
-MATRIX = {
-    "gfx942": r"v_mfma_f32_\w+_{}",
-    "gfx950": r"v_mfma_f32_\w+_{}",
-    "gfx1100": r"v_wmma_f32_16x16x16_{}",
-    "gfx1151": r"v_wmma_f32_16x16x16_{}",
-    "gfx1200": r"v_wmma_f32_16x16x16_{}",
-    "sm_80": r"mma\.sync.*\.f32\.{0}\.{0}\.f32",
-    "sm_90": r"mma\.sync.*\.f32\.{0}\.{0}\.f32|wgmma\.mma_async.*\.f32\.{0}\.{0}",
-    "sm_100": r"mma\.sync.*\.f32\.{0}\.{0}\.f32|tcgen05\.mma.*kind::f16",  # which is bfloat16's kind too
-}
-"""The instruction that a dot of two 16-bit operands becomes; {} stands for f16 or bf16."""
-
-
-def uses_matrix_units(facts: offline.Facts, target: str, dtype: str) -> bool:
-    wanted = MATRIX[target].format(dtype.replace("fp16", "f16"))
-    return any(re.fullmatch(wanted, instruction) for instruction in facts.matrix)
 
 
 def field(target: str, dtype: str, tile: field_gemm.Tile, zeros: bool = True) -> offline.Facts:

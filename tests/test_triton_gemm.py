@@ -6,20 +6,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
-from field import DTYPES, check, gemm, problem
+from field import check, gemm, problem
+from interpreter import DTYPES
 from models import OWED, recompiles, rel_l2
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import inductor_ext.ops
-
-NUMBERS = Path(__file__).with_name("test_triton_gemm_numbers.py")
 
 
 def arguments(M: int = 3, N: int = 16, K: int = 128, G: int = 64, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
@@ -188,16 +187,7 @@ def test_a_block_never_spans_two_groups(arch: str, G: int) -> None:
 
 
 def test_the_numbers_hold_in_triton_s_interpreter() -> None:
-    """The interpreter has to be chosen before triton is imported, so it gets a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(NUMBERS)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " skipped" not in done.stdout
+    interpreter.passes("test_triton_gemm_numbers.py")
 
 
 on_a_gpu = pytest.mark.skipif(

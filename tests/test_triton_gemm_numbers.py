@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from field import DEVICE, DTYPES, INTERPRETED, check, gemm, problem
+from field import check, gemm, problem
+from interpreter import DEVICE, DTYPES, needs_a_device
 from models import pack
 
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a CUDA or ROCm device, and this machine has none; test_triton_gemm.py runs these in the interpreter",
-)
+pytestmark = needs_a_device
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,12 +1,16 @@
 """Which variant of the dense kernel runs a shape: by rules with few numbers, per architecture.
 
 Measured on sm_90 (bench/RESULTS.md). Elsewhere the rules are the same and the numbers reasoned, not measured: matrix
-instructions of AMD have at least 16 columns, and 64 KB of shared memory leave room for fewer stages.
+instructions of AMD have at least 16 columns, 64 KB of shared memory leave room for fewer stages, and where the compiler
+spilled registers a step is half a tile (``tests/test_offline_dense.py``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+_ROOMY = ("sm_90", "sm_100")
+"""Where the codes of a whole tile and 64 rows of x are held without spilling registers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +39,30 @@ def dense_from(arch: str, float_zeros: bool) -> int:
 
 def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
     """For M rows of N results; ``processors`` are the device's SMs or CUs."""
-    amd, steps = is_amd(arch), -(-K // 256)
+    amd, steps = is_amd(arch), -(-K // 256) or 1
     if M <= 8 and not amd:
         # Many small programs: what counts is how many bytes are under way.
         splits = _splits(-(-N // 32), steps, 3 * processors)
         stages = 4 if splits > 1 and steps >= 8 * splits else 3
         return Config(BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, STAGES=stages, num_warps=2)
+    if arch.startswith("gfx1"):
+        # Vector registers hold half a tile's codes and 32 rows of x, and bfloat16 has no subtraction of its own.
+        BM = 16 if M <= 16 else 32
+        splits = _splits(-(-N // 64) * -(-M // BM), steps, 3 * processors)
+        return Config(64, BM, 32, WIDE=True, SPLITS=splits, BY_SUMS=True, STAGES=2, num_warps=BM // 4)
     if M <= 64 or amd:
         BM = 16 if M <= 16 else 32 if M <= 32 else 64
+        width = 64 if BM < 64 or amd or arch in _ROOMY else 32
         splits = _splits(-(-N // 64) * -(-M // BM), steps, (3 if BM == 16 else 2.2) * processors)
-        return Config(64, BM, 64, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=2 if amd else 3, num_warps=4)
+        return Config(64, BM, width, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=2 if amd else 3, num_warps=4)
     BN = 128 if -(-N // 64) % 2 == 0 else 64
     splits = _splits(-(-N // BN) * -(-M // 128), steps, processors)
     return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=3, num_warps=BN // 16)
 
 
 def _splits(tiles: int, steps: int, wanted: float) -> int:
-    """How many programs share a tile, so that there are about as many as wanted: a power of two, three steps each at
-    the least."""
+    """How many programs share a tile, so that there are about as many as wanted; about three steps each at least."""
     splits = 1
     while 1.5 * tiles * splits < wanted and steps >= 6 * splits and splits < 16:
         splits *= 2
-    return splits
+    return -(-steps // -(-steps // splits))  # fewer, where shares are rounded up so that the last ones had none

@@ -1,0 +1,37 @@
+"""What a Triton kernel computes is tested on a GPU, or with TRITON_INTERPRET=1 on the CPU.
+
+The interpreter has to be chosen before triton is imported, so such a file of tests gets a process of its own, from
+``passes``. It asks for ``DEVICE`` and ``DTYPES``, and skips itself by ``needs_a_device``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # bfloat16 is wrong in the interpreter
+
+needs_a_device = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a CUDA or ROCm device, and this machine has none; another test runs these in Triton's interpreter",
+)
+
+
+def passes(name: str) -> None:
+    """Runs this file of tests in the interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " skipped" not in done.stdout

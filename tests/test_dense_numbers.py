@@ -1,0 +1,109 @@
+"""What the Triton kernels behind `w4a16::linear` compute: on a GPU, or with TRITON_INTERPRET=1 on the CPU, as
+test_gpu_choice.py runs this file."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from dense import ZEROS, activations, dense, expected, weight
+from interpreter import DEVICE, DTYPES, INTERPRETED, needs_a_device
+from models import OWED, rel_l2
+
+import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
+from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu.tuning import Config
+
+pytestmark = needs_a_device
+
+PLAIN = Config(BN=64, BM=16, WIDTH=64, WIDE=False, SPLITS=1, BY_SUMS=False, STAGES=2, num_warps=4)
+WIDE = dataclasses.replace(PLAIN, WIDE=True, SPLITS=2)
+HALF = dataclasses.replace(PLAIN, WIDTH=32, SPLITS=3, BY_SUMS=True)
+WIDE_HALF = dataclasses.replace(WIDE, WIDTH=32, SPLITS=1, BY_SUMS=True)
+SHORT = dataclasses.replace(PLAIN, BN=32, BM=8, SPLITS=4, BY_SUMS=True)  # for few rows
+VARIANTS = {"plain": PLAIN, "wide": WIDE, "half": HALF, "wide half": WIDE_HALF, "short": SHORT}
+SIZES = {32: 416, 64: 448, 128: 640, 256: 512, 384: 768, 0: 328}
+"""Group size -> K; 0 is one group. Most are no whole number of tiles."""
+
+
+def launched(
+    config: Config, M: int, N: int, K: int, G: int, zeros: str, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> float:
+    """What the fused kernel with these parameters is off by, for a weight with a bias."""
+    w, x = weight(N, K, G, zeros, scale_dtype), activations(M, K, dtype)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
+    out = torch.full((M, N), float("nan"), dtype=dtype, device=DEVICE)
+    linear.launch(config, x, linear.pack(w), bias, G, out)
+    return rel_l2(out, expected(x, w, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("G", SIZES)
+def test_every_variant(G: int, zeros: str, variant: str, dtype: torch.dtype) -> None:
+    """All groups and zeros with each. Float zeros cannot be taken off the codes, whatever the variant says."""
+    K = SIZES[G]
+    assert launched(VARIANTS[variant], 5, 70, K, G or K, zeros, dtype, dtype) <= OWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("zeros", ["none", "float"])
+def test_scales_and_zeros_of_another_dtype(zeros: str, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    assert launched(WIDE, 3, 40, 320, 64, zeros, dtype, scale_dtype) <= OWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [8, 9, 33])
+def test_rows_that_fill_their_tiles_or_not(M: int, dtype: torch.dtype) -> None:
+    assert launched(SHORT, M, 70, 256, 128, "int", dtype, dtype) <= OWED[dtype]
+
+
+def test_many_tiles_along_n_are_taken_in_bands() -> None:
+    """18 tiles, a band and a rest, and several along M: each is computed."""
+    assert launched(PLAIN, 33, 17 * 64 + 1, 32, 32, "none", torch.float16, torch.float16) <= OWED[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("G", SIZES)
+def test_dequantised_once(G: int, zeros: str, dtype: torch.dtype) -> None:
+    """Each element within one rounding of float32's result."""
+    K = SIZES[G]
+    w = weight(70, K, G or K, zeros, dtype)
+    y = linear.dequantise(linear.pack(w), 70, K, G or K, dtype)
+    assert (y.shape, y.dtype) == ((70, K), dtype)
+    assert rel_l2(y, dense(w).to(dtype)) <= OWED[dtype] / 100
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
+@pytest.mark.parametrize("M", [1, 12, 40, 100, 460])
+def test_the_op_at_any_number_of_rows(M: int, order: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(linear, "_processors", lambda device: 4)
+    w, x = weight(70, 512, 64, "int", dtype, order), activations(M, 512, dtype)
+    y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 70, 64, "triton")
+    assert (y.shape, y.dtype) == ((M, 70), dtype)
+    assert rel_l2(y, expected(x, w)) <= OWED[dtype]
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3)], ids=str)
+def test_batches_and_no_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(linear, "_processors", lambda device: 4)
+    w = weight(70, 256, 64)
+    x = activations(6, 256, torch.float16)[: torch.Size(shape).numel()].view(*shape, 256)
+    y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 70, 64, "triton")
+    assert y.shape == (*shape, 70)
+    assert y.numel() == 0 or rel_l2(y, expected(x, w)) <= OWED[torch.float16]
+
+
+def test_infinity_in_a_row_stays_in_its_row() -> None:
+    w, x = weight(70, 320, 64, "int"), activations(5, 320, torch.float16).clone()
+    x[2, 7] = float("inf")
+    out = torch.empty(5, 70, dtype=torch.float16, device=DEVICE)
+    linear.launch(WIDE, x, linear.pack(w), None, 64, out)
+    assert torch.isfinite(out).all(1).tolist() == [True, True, False, True, True]

@@ -1,0 +1,85 @@
+"""When the Triton kernel for `w4a16::linear` is chosen, and with which parameters; what it computes is in
+test_dense_numbers.py. On simulated devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from offline import TARGETS
+
+from inductor_ext import oracle
+from inductor_ext.kernels import Problem
+from inductor_ext.kernels.gpu import linear, tuning
+
+PROBLEM = Problem("linear", "cuda", "sm_90", torch.bfloat16, torch.float16, 4096, 4096, 128, "int", True, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"op": "moe"}, "The kernel computes linear, not moe."),
+        ({"device": "cpu"}, "The kernel runs on NVIDIA and AMD GPUs, not on cpu."),
+        ({"dtype": torch.float32}, "The activations must be float16 or bfloat16, not torch.float32."),
+        ({"scale_dtype": torch.float64}, "The scales must be float16, bfloat16 or float32, not torch.float64."),
+        ({"group_size": 48, "K": 480}, "The group size must be 32, 64, a multiple of 128, or K=480; it is 48."),
+        ({"group_size": 16}, "The group size must be 32, 64, a multiple of 128, or K=4096; it is 16."),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_it_cannot_do_is_a_sentence(changed: dict[str, Any], reason: str) -> None:
+    assert linear.reject(replace(PROBLEM, **changed)) == reason
+
+
+@pytest.mark.parametrize("changed", [{}, {"group_size": 48, "K": 48}, {"group_size": 32, "zeros": "float"}], ids=str)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_what_it_can_do(arch: str, changed: dict[str, Any]) -> None:
+    assert linear.reject(replace(PROBLEM, arch=arch, **changed)) is None
+
+
+def test_it_comes_before_the_reference_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "usable", lambda: None)
+    assert oracle.choose(PROBLEM) == oracle.Choice("triton", {})
+    passed_over = oracle.choose(replace(PROBLEM, dtype=torch.float32))
+    assert passed_over.kernel == "reference"
+    assert "float16 or bfloat16" in passed_over.passed_over["triton"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_forced_kernel_is_an_error() -> None:
+    with pytest.raises(oracle.NoKernel, match="triton: There is no GPU that torch can use"):
+        oracle.choose(PROBLEM, forced="triton")
+
+
+SHAPES = ((6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (200, 1152), (64, 12544), (64, 256), (1, 8))
+
+
+@pytest.mark.parametrize("processors", [20, 132, 304])
+@pytest.mark.parametrize("arch", [*TARGETS, "sm_75", "gfx90a"])
+def test_every_shape_gets_parameters_that_run(arch: str, processors: int) -> None:
+    for N, K in SHAPES:
+        rows, steps = -(-N // 64) * 64, -(-K // 256)
+        for M in (*range(1, 600), *range(600, 4097, 61), 4096):
+            config = tuning.dense(M, N, K, arch, processors)
+            told = f"{M} x {N} x {K}: {config}"
+            assert rows % config.BN == 0, told
+            assert (config.SPLITS - 1) * -(-steps // config.SPLITS) < steps, f"a part without steps: {told}"
+            assert (16 if tuning.is_amd(arch) else 8) <= config.BM, told
+            assert config.num_warps in (2, 4, 8), told
+            assert config.num_warps * 64 <= config.BN * config.BM, told
+
+
+def test_many_rows_are_split_less() -> None:
+    """Splitting costs memory traffic; it is for where programs are few."""
+    for N, K in SHAPES:
+        splits = [tuning.dense(M, N, K, "sm_90", 132).SPLITS for M in (128, 256, 1024, 4096)]
+        assert splits == sorted(splits, reverse=True)
+    assert tuning.dense(4096, 6144, 4096, "sm_90", 132).SPLITS == 1
+    assert tuning.dense(1, 6144, 4096, "sm_90", 132).SPLITS > 1
+
+
+def test_the_numbers_hold_in_triton_s_interpreter() -> None:
+    interpreter.passes("test_dense_numbers.py")

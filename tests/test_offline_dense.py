@@ -1,0 +1,76 @@
+"""The Triton kernels behind `w4a16::linear` as they are launched, compiled for GPUs that are not here: they use the
+matrix units, spill nothing, fit into shared memory and load weights 128 bits at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from offline import TARGETS, Facts, Recorder, uses_matrix_units
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import Packed
+from inductor_ext.kernels.gpu import dense, dequantise, linear, tuning
+
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+N = K = 4096
+
+
+def packed(G: int, zeros: bool, dtype: torch.dtype) -> Packed:
+    """A weight of this size that takes no memory."""
+
+    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(N, columns, dtype=dtype, device="meta")
+
+    stored = empty(K // G, torch.uint8) if zeros else None
+    return linear.pack(PackedInt4(empty(K // 8, torch.int32), empty(K // G, dtype), stored))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def compiled(target: str, M: int, dtype: torch.dtype, G: int = 128, zeros: bool = False) -> Facts:
+        kernel = Recorder(dense.linear_kernel)
+        monkeypatch.setattr(dense, "linear_kernel", kernel)
+        monkeypatch.setattr(linear, "_arch", lambda device: target)
+        x, out = (torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N))
+        config = tuning.dense(M, N, K, target, processors=132)
+        linear.launch(config, x, packed(G, zeros, dtype), None, G, out)
+        return kernel.compile(target)
+
+    return compiled
+
+
+def check(facts: Facts, target: str, dtype: torch.dtype) -> None:
+    assert uses_matrix_units(facts, target, NAMES[dtype]), facts.matrix
+    assert facts.spills == 0
+    assert 0 < facts.shared <= TARGETS[target].shared
+    assert facts.load_bytes("tl.load(w ") == {16}
+
+
+@pytest.mark.parametrize("M", [1, 16, 64, 256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_number_of_rows(compiled: Any, target: str, M: int) -> None:
+    facts = compiled(target, M, torch.float16)
+    check(facts, target, torch.float16)
+    assert facts.load_bytes("tl.load(x ") == {16}
+    if target == "sm_90" and M >= 16:
+        assert all("wgmma" in instruction for instruction in facts.matrix)
+
+
+@pytest.mark.parametrize(("M", "G"), [(16, 128), (64, 64)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None:
+    check(compiled(target, M, torch.bfloat16, G, zeros=True), target, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
+    kernel = Recorder(dequantise.dequantise_kernel)
+    monkeypatch.setattr(dequantise, "dequantise_kernel", kernel)
+    monkeypatch.setattr(linear, "_arch", lambda device: target)
+    linear.dequantise(packed(128, True, dtype), N, K, 128, dtype)
+    facts = kernel.compile(target)
+    assert facts.spills == 0
+    assert facts.load_bytes("tl.load(row_pointers") == {16}
