@@ -80,7 +80,10 @@ def compile(
     source = ASTSource(fn, types, {place[name]: value for name, value in constexprs.items()}, attributes)
     gpu = TARGETS[target].gpu
     options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
-    built = triton.compile(source, target=gpu, options=options)
+    with triton.knobs.compilation.scope():
+        # What is cached may have come from another checkout, whose lines of source are not these.
+        triton.knobs.compilation.always_compile = True
+        built = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "hip":
         text = built.asm["amdgcn"]
         spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
