@@ -4,9 +4,10 @@ way that uses no layout of theirs."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from interpreter import DEVICE
 from models import unpack
-from torch import Tensor
+from torch import Tensor, nn
 
 from inductor_ext.formats import PackedInt4
 
@@ -55,3 +56,18 @@ def activations(M: int, K: int, dtype: torch.dtype, seed: int = 0, device: str =
 def expected(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """float64 [M, N]."""
     return x.double() @ dense(weight).t() + (0 if bias is None else bias.double())
+
+
+class Layer(nn.Module):
+    """Such a weight, symmetric and in order, as models spell it."""
+
+    def __init__(self, weight: PackedInt4) -> None:
+        super().__init__()
+        self.register_buffer("packed", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("shifts", torch.arange(0, 32, 4, dtype=torch.int32, device=weight.codes.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, groups = self.scales.shape
+        q = ((self.packed.unsqueeze(-1) >> self.shifts) & 15).view(N, groups, -1) - 8
+        return F.linear(x, (q.to(x.dtype) * self.scales.unsqueeze(-1)).view(N, -1))
