@@ -15,8 +15,9 @@ from inductor_ext.patterns.anchors import meta
 from inductor_ext.patterns.cone import Cone, NotACone, cone_of
 from inductor_ext.patterns.experts import Cut, is_size
 from inductor_ext.patterns.gathered import Gathered
+from inductor_ext.patterns.meaning import CutRows
 from inductor_ext.patterns.region import Region
-from inductor_ext.patterns.routed import CutRows, Routed, find_routed
+from inductor_ext.patterns.routed import Routed, find_routed
 from inductor_ext.proved import ProvedExperts, Refused, Weight, chosen, computed_in, where
 from inductor_ext.recipes import ExpertRecipe, Piece
 from inductor_ext.report import Rewritten

@@ -1,8 +1,8 @@
 """Routed experts: which operation a region computes, found by trying it.
 
-A region is run on made-up inputs (trial.py) and compared with what ``w4a16::moe`` means under each hypothesis: where
-gate and up stand, the activation between the projections, the router's weight before or after. The one that agrees on
-every routing is what the region computes; if none does, it is something else.
+A region is run on made-up inputs (trial.py) and compared with what ``w4a16::moe`` means (meaning.py) under each
+hypothesis: where gate and up stand, the activation between the projections, the router's weight before or after. The
+one that agrees on every routing is what the region computes; if none does, it is something else.
 """
 
 from __future__ import annotations
@@ -10,61 +10,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from inductor_ext.patterns.anchors import meta, name
 from inductor_ext.patterns.experts import Cut, find_groups
 from inductor_ext.patterns.flow import Flow
+from inductor_ext.patterns.meaning import CutRows, Finding, Meaning
 from inductor_ext.patterns.region import Proposals, Region, structure
 from inductor_ext.patterns.thresholds import why_not_these_clamps, why_not_tried
-from inductor_ext.patterns.trial import Inputs, Trial, routings, stray_scores
+from inductor_ext.patterns.trial import Trial, routings, stray_scores
 from torch import Tensor, fx
 
 from inductor_ext.kernels import Mlp
 
 log = logging.getLogger("inductor_ext.patterns.routed")
-
-
-@dataclasses.dataclass(frozen=True)
-class CutRows:
-    """Rows of one cut's matrices, in the order [N, K]."""
-
-    cut: int
-    """Its place in Region.cuts."""
-    kn: bool
-    """The matrices stand as [K, N]."""
-    start: int
-    stop: int
-    step: int = 1
-
-    @property
-    def taken(self) -> slice:
-        return slice(self.start, self.stop, self.step)
-
-    @property
-    def size(self) -> int:
-        return len(range(self.start, self.stop, self.step))
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What a region computes, free of the graph it was found in."""
-
-    mlp: Mlp
-    w13: tuple[CutRows, ...]
-    """Gates, then ups; or interleaved, or without gates, as ``mlp`` says."""
-    w2: CutRows
-    w13_bias: tuple[int, ...]
-    """Places in Region.biases, one for each of ``w13`` and cut as it is; or none."""
-    w2_bias: int | None
-
-    @property
-    def intermediate(self) -> int:
-        rows = sum(piece.size for piece in self.w13)
-        return rows if self.mlp.gate_up == "none" else rows // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,23 +102,28 @@ def _identify(region: Region, flow: Flow, tensors: Tensors) -> Finding | str:
     return _KNOWN[known]
 
 
+_FEW = 16
+"""Columns of the result that a guess is tried on first."""
+
+
 def _try(trial: Trial) -> Finding | str:
     chosen = routings(trial, trial.region.repeats)
     first = trial.inputs(chosen[0])
     result = trial.run(first)
     if not bool(result.isfinite().all()):
         return "it leaves rows of its result without a value"
-    one = first.rows(slice(0, 1))  # rows do not depend on each other: most guesses fail on the first
-    guesses = [g for g in _hypotheses(trial.region) if _agree(result[:1], evaluate(g, one), trial.tolerance)]
+    # Rows do not depend on each other, nor do columns: most guesses fail on the first few.
+    few = Meaning(first.rows(slice(0, 1)), _FEW)
+    guesses = [g for g in _hypotheses(trial.region) if _agree(result[:1, :_FEW], few.under(g), trial.tolerance)]
     if not guesses:
         return (
             "what it computes is sum over experts of weight * down(act(gate, up)) under no activation, order of gate"
             " and up and place of the weight that is known"
         )
     others = [trial.inputs(ids, turn) for turn, ids in enumerate(chosen) if turn > 0]
-    tried = [(first, result), *((given, trial.run(given)) for given in others)]
+    tried = [(Meaning(first), result), *((Meaning(given), trial.run(given)) for given in others)]
     for guess in guesses:
-        if all(_agree(result, evaluate(guess, given), trial.tolerance) for given, result in tried):
+        if all(_agree(result, meaning.under(guess), trial.tolerance) for meaning, result in tried):
             return guess
     return "it treats some routings, or some values, in another way than by expert and weight"
 
@@ -244,46 +209,3 @@ def _activations(region: Region, mlp: Mlp) -> Iterator[Mlp]:
 
 def _numbers(node: fx.Node) -> list[float]:
     return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
-
-
-# -- what the op means -------------------------------------------------------------------------------------------------
-
-
-def activate(h: Tensor, mlp: Mlp) -> Tensor:
-    """h [..., 2 I], or [..., I] without gates -> [..., I]."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-        "relu": F.relu,
-    }
-    if mlp.gate_up == "none":
-        return functions[mlp.activation](h)
-    gate, up = h.chunk(2, dim=-1) if mlp.gate_up == "halves" else (h[..., ::2], h[..., 1::2])
-    if mlp.activation != "swigluoai":
-        return functions[mlp.activation](gate) * up
-    if mlp.limit is not None:
-        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
-    return (up + 1) * gate * torch.sigmoid(mlp.alpha * gate)
-
-
-def evaluate(finding: Finding, given: Inputs) -> Tensor:
-    """What the op gives for a trial's inputs: [T, H]."""
-    mlp = finding.mlp
-    b13 = [given.biases[i][:, p.taken] for i, p in zip(finding.w13_bias, finding.w13, strict=False)]
-    b2 = None if finding.w2_bias is None else given.biases[finding.w2_bias]
-    out = given.base.clone()
-    for e in given.ids.unique().tolist():
-        t, j = (given.ids == e).nonzero(as_tuple=True)
-        weight = given.weights[t, j].unsqueeze(-1)
-        x = given.x[t] * weight if mlp.apply_router_weight_on_input else given.x[t]
-        h = torch.cat([x @ _rows(piece, given, e).t() for piece in finding.w13], dim=-1)
-        y = activate(h + torch.cat([b[e] for b in b13]) if b13 else h, mlp) @ _rows(finding.w2, given, e).t()
-        y = y if b2 is None else y + b2[e]
-        out.index_add_(0, t, y if mlp.apply_router_weight_on_input else y * weight)
-    return out
-
-
-def _rows(piece: CutRows, given: Inputs, expert: int) -> Tensor:
-    matrix = given.matrices[piece.cut][expert]
-    return (matrix.t() if piece.kn else matrix)[piece.taken]
