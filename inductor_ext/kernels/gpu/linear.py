@@ -88,6 +88,7 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
         BM=config.BM,
         WIDTH=config.WIDTH if group_size != 32 else 32,
         BY_SUMS=config.BY_SUMS or float_zeros(packed),
+        ROUNDED=config.ROUNDED and not float_zeros(packed),
         WIDE=config.WIDE,
         STAGES=config.STAGES,
         num_warps=config.num_warps,

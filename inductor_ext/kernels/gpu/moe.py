@@ -36,8 +36,8 @@ def up_kernel(
     NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, PAIRS_OF_GROUPS, alpha, limit,
     GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, ON_INPUT: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """h [pairs, INNER] = act(W13 x + b13), rounded to h's dtype. A tile has gates and ups of the same outputs."""
     expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
@@ -59,7 +59,7 @@ def up_kernel(
             row, ROWS,
             x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * HIDDEN, is_row[None, :],
             HIDDEN, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, WIDE, WHOLE, STAGES, PTX,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if ON_INPUT:
             acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
@@ -104,8 +104,8 @@ def down_kernel(
     NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, PAIRS_OF_GROUPS, scaling,
     ON_INPUT: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y [pairs, HIDDEN] = weight * (W2 h + b2). PAIRWISE, also out [T, HIDDEN]: a token's sum, times scaling."""
     expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
@@ -121,7 +121,7 @@ def down_kernel(
             n, ROWS,
             h + tl.maximum(pair, 0).to(tl.int64)[None, :] * INNER, is_row[None, :],
             INNER, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, WIDE, WHOLE, STAGES, PTX,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + e * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[:, None]

@@ -19,6 +19,7 @@ class Config:
     WIDE: bool
     SPLITS: int
     BY_SUMS: bool
+    ROUNDED: bool
     STAGES: int
     num_warps: int
 
@@ -40,14 +41,18 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
         # Many small programs: what counts is how many bytes are under way.
         splits = _splits(-(-N // 32), steps, 3 * processors)
         stages = 4 if splits > 1 and steps >= 8 * splits else 3
-        return Config(BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, STAGES=stages, num_warps=2)
+        return Config(
+            BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, ROUNDED=False, STAGES=stages, num_warps=2
+        )
     if M <= 64 or amd:
         BM = 16 if M <= 16 else 32 if M <= 32 else 64
         splits = _splits(-(-N // 64) * -(-M // BM), steps, {16: 3, 32: 2.2, 64: 2}[BM] * processors)
-        return Config(64, BM, 64, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=2 if amd else 3, num_warps=4)
+        return Config(
+            64, BM, 64, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4
+        )
     BN = 128 if -(-N // 64) % 2 == 0 else 64
     splits = _splits(-(-N // BN) * -(-M // 128), steps, processors)
-    return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=3, num_warps=BN // 16)
+    return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=True, STAGES=3, num_warps=BN // 16)
 
 
 def _splits(tiles: int, steps: int, wanted: float) -> int:
@@ -70,6 +75,10 @@ class MoeConfig:
     WIDTH: int
     STAGES: int
     num_warps: int
+
+    @property
+    def ROUNDED(self) -> bool:
+        return self.BM >= 128
 
 
 def moe(pairs: int, E: int, H: int, I: int, arch: str) -> tuple[MoeConfig, MoeConfig]:  # noqa: E741
