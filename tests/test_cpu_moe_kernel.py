@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, WeightKind, cpu, cpu_moe
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, Routing, WeightKind, cpu, cpu_moe
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BOUNDS = {torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 4e-3}
@@ -67,7 +67,8 @@ class Layer:
 
     def run(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         biases = (self.bias13, self.bias2)
-        return cpu_moe.run(x, weights, ids, self.w13, self.w2, *biases, self.mlp, self.value2.shape[2], self.groups)
+        routing = Routing(weights, ids, None, self.value13.shape[0])
+        return cpu_moe.run(x, routing, self.w13, self.w2, *biases, self.mlp, self.value2.shape[2], self.groups)
 
     def reference(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """Every expert for every token, in float32."""
@@ -197,7 +198,7 @@ def test_activations_hold_over_the_whole_range(isa: str, activation: str) -> Non
     w13, doubled = (two, torch.cat((x, x), 1)) if mlp.gate_up == "halves" else (one, x)
     expected = torch.stack([activate(row, mlp) for row in doubled.double()])
     for rows in (slice(None), slice(0, 3), slice(-3, None)):
-        y = cpu_moe.run(x[rows], weights[rows], ids[rows], w13, one, None, None, mlp, 8, (8, 8))
+        y = cpu_moe.run(x[rows], Routing(weights[rows], ids[rows], None, 1), w13, one, None, None, mlp, 8, (8, 8))
         assert ((y - expected[rows]).abs() <= 1e-6 * x[rows].abs().clamp(min=1) ** 2).all()
 
 
@@ -424,7 +425,7 @@ def test_pack_copies_nothing_and_unpack_gives_it_back() -> None:
     packed, _ = weight(3, 16, 64, 32, "int", torch.float16)
     canonical = PackedInt4(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), packed.zeros.flatten(0, 1))
     there = cpu_moe.pack(canonical, 3)
-    back = cpu_moe.unpack(there)
+    back = cpu_moe.unpack(there, 16, 64, 32)
     for name, mine in (("codes", "qweight"), ("scales", "scales"), ("zeros", "zeros")):
         before, packed_one, after = getattr(canonical, name), getattr(there, mine), getattr(back, name)
         assert packed_one.shape == (3, 16, before.shape[1])

@@ -221,7 +221,7 @@ def test_packing_loses_nothing(kernel: str) -> None:
     experts = Experts(zeros="int", kernel=kernel)
     module = kernels.load_moe(kernel)
     weight = experts._weight(4 * 48, 64, 16)[0]
-    back = module.unpack(module.pack(weight, 4))
+    back = module.unpack(module.pack(weight, 4), 48, 64, 16)
     assert all(torch.equal(getattr(back, name), getattr(weight, name)) for name in ("codes", "scales", "zeros"))
     assert back.order is None
 

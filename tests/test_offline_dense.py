@@ -32,7 +32,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
     def compiled(target: str, M: int, dtype: torch.dtype, G: int = 128, zeros: bool = False) -> Facts:
         kernel = Recorder(dense.linear_kernel)
         monkeypatch.setattr(dense, "linear_kernel", kernel)
-        monkeypatch.setattr(linear, "_arch", lambda device: target)
+        monkeypatch.setattr(linear, "arch_of", lambda device: target)
         x, out = (torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N))
         config = tuning.dense(M, N, K, target, processors=132)
         linear.launch(config, x, packed(G, zeros, dtype), None, G, out)
@@ -69,7 +69,7 @@ def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None
 def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
     kernel = Recorder(dequantise.dequantise_kernel)
     monkeypatch.setattr(dequantise, "dequantise_kernel", kernel)
-    monkeypatch.setattr(linear, "_arch", lambda device: target)
+    monkeypatch.setattr(linear, "arch_of", lambda device: target)
     linear.dequantise(packed(128, True, dtype), N, K, 128, dtype)
     facts = kernel.compile(target)
     assert facts.spills == 0

@@ -172,12 +172,23 @@ class Kernel(Protocol):
         """x [M, K] contiguous -> [M, N] in x's dtype, accumulated in float32 and rounded once."""
 
 
+class Routing(NamedTuple):
+    """Which experts each token goes to: arguments of ``w4a16::moe`` as they were given."""
+
+    topk_weights: Tensor
+    """[T, k], float32, float16 or bfloat16; any strides."""
+    topk_ids: Tensor
+    """[T, k], int32 or int64; any strides."""
+    expert_map: Tensor | None
+    """int32 [number]: id -> row of the weights, or -1."""
+    number: int
+    """Of ids."""
+
+
 class MoeKernel(Protocol):
     """The functions that a kernel module for routed experts has."""
 
     NAME: str
-    CHECKS_IDS: bool
-    """Whether run takes int64 ids as well, and raises RuntimeError for one that is neither -1 nor a row."""
 
     def usable(self) -> str | None:
         """As Kernel.usable."""
@@ -189,14 +200,16 @@ class MoeKernel(Protocol):
         """The kernel's layout of one projection. ``canonical`` has the rows of all experts, one expert after the other:
         codes [E*N, K/8]."""
 
-    def unpack(self, packed: Packed) -> PackedInt4:
-        """The inverse of pack, without loss."""
+    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+        """The inverse of pack, without loss, for weights [E, N, K]."""
+
+    def layout(self, packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
+        """As Kernel.layout, for weights [E, N, K]."""
 
     def run(
         self,
         x: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
+        routing: Routing,
         w13: Packed,
         w2: Packed,
         w13_bias: Tensor | None,
@@ -205,10 +218,11 @@ class MoeKernel(Protocol):
         intermediate_size: int,
         group_sizes: tuple[int, int],
     ) -> Tensor:
-        """x [T, H] contiguous, topk_weights float32 [T, k], topk_ids int32 [T, k] -> [T, H] in x's dtype.
+        """x [T, H] contiguous -> [T, H] in x's dtype.
 
-        The ids are rows of the weights already (no expert_map), or -1: those contribute nothing, whatever their
-        weight. Accumulated in float32 in a fixed order; only act(h) may be rounded to x's dtype on the way.
+        A choice of nobody (-1, or mapped to it) contributes nothing, whatever its weight; so does an id without a
+        weight on a GPU, which on the CPU raises RuntimeError. Accumulated in float32 in a fixed order; only act(h), and
+        with very many tokens each choice's result, may be rounded to x's dtype on the way.
         """
 
 
@@ -218,7 +232,11 @@ KERNELS: dict[str, dict[str, str]] = {
         "triton": "inductor_ext.kernels.gpu.linear",
         "reference": "inductor_ext.kernels.reference",
     },
-    "moe": {"cpu": "inductor_ext.kernels.cpu_moe", "reference": "inductor_ext.kernels.reference_moe"},
+    "moe": {
+        "cpu": "inductor_ext.kernels.cpu_moe",
+        "triton": "inductor_ext.kernels.gpu.experts",
+        "reference": "inductor_ext.kernels.reference_moe",
+    },
 }
 """Every kernel by op, in no order: the oracle's priority lists say which is tried first on which device."""
 

@@ -28,3 +28,27 @@ def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
         Expected(groups, (torch.uint8, *_FLOATS)),
         Expected((K,), (torch.int32,)),
     )
+
+
+def pack_experts(weight: PackedInt4, experts: int) -> Packed:
+    def split(t: torch.Tensor) -> torch.Tensor:
+        return t.view(experts, t.shape[0] // experts, t.shape[1])
+
+    return Packed(
+        split(weight.codes), split(weight.scales), None if weight.zeros is None else split(weight.zeros), None
+    )
+
+
+def unpack_experts(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+    zeros = None if packed.zeros is None else packed.zeros.flatten(0, 1)
+    return PackedInt4(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), zeros)
+
+
+def layout_experts(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
+    return of_experts(E, layout(packed, N, K, group_size))
+
+
+def of_experts(E: int, one: Layout) -> Layout:
+    """The layout of E weights of one layout: E in front, but of the order, which experts do not have."""
+    qweight, scales, zeros = (Expected((E, *expected.shape), expected.dtypes) for expected in one[:3])
+    return Layout(qweight, scales, zeros, one.order)

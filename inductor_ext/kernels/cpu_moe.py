@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, cpu
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, Routing, canonical, cpu
+from inductor_ext.kernels.rows import rows
 
 NAME = "cpu"
-CHECKS_IDS = True
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -41,23 +40,12 @@ def reject(problem: MoeProblem) -> str | None:
     return None
 
 
-def pack(canonical: PackedInt4, experts: int) -> Packed:
-    def split(t: Tensor) -> Tensor:
-        return t.view(experts, t.shape[0] // experts, t.shape[1])
-
-    zeros = None if canonical.zeros is None else split(canonical.zeros)
-    return Packed(split(canonical.codes), split(canonical.scales), zeros, None)
-
-
-def unpack(packed: Packed) -> PackedInt4:
-    zeros = None if packed.zeros is None else packed.zeros.flatten(0, 1)
-    return PackedInt4(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), zeros)
+pack, unpack, layout = canonical.pack_experts, canonical.unpack_experts, canonical.layout_experts
 
 
 def run(
     x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
+    routing: Routing,
     w13: Packed,
     w2: Packed,
     w13_bias: Tensor | None,
@@ -68,10 +56,12 @@ def run(
 ) -> Tensor:
     if (reason := usable()) is not None:
         raise RuntimeError(reason)
+    # Ids without a map are checked and narrowed in C++.
+    mapped = routing.expert_map is not None
     y: Tensor = torch.ops.w4a16_cpu.moe(
         x,
-        topk_weights,
-        topk_ids,
+        routing.topk_weights.float().contiguous(),
+        rows(routing, w13.qweight.shape[0]) if mapped else routing.topk_ids.contiguous(),
         w13.qweight,
         w13.scales,
         w13.zeros,

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import Mlp, MoeProblem, Packed
+from inductor_ext.kernels import Mlp, MoeProblem, Packed, Routing, canonical
+from inductor_ext.kernels.rows import rows
 from inductor_ext.ops.align import moe_align_block_size
 
 NAME = "reference"
-CHECKS_IDS = False
 
 _MOST_ROWS = 256
 """Of one block: its float32 intermediates stay at a few MB."""
@@ -34,24 +34,12 @@ def reject(problem: MoeProblem) -> str | None:
     return None
 
 
-def pack(canonical: PackedInt4, experts: int) -> Packed:
-    codes, scales, zeros = (
-        None if t is None else t.view(experts, -1, t.shape[1])
-        for t in (canonical.codes, canonical.scales, canonical.zeros)
-    )
-    assert codes is not None and scales is not None
-    return Packed(codes, scales, zeros, None)
-
-
-def unpack(packed: Packed) -> PackedInt4:
-    zeros = None if packed.zeros is None else packed.zeros.flatten(0, 1)
-    return PackedInt4(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), zeros)
+pack, unpack, layout = canonical.pack_experts, canonical.unpack_experts, canonical.layout_experts
 
 
 def run(
     x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
+    routing: Routing,
     w13: Packed,
     w2: Packed,
     w13_bias: Tensor | None,
@@ -61,6 +49,7 @@ def run(
     group_sizes: tuple[int, int],
 ) -> Tensor:
     experts = Experts(w13, w2, w13_bias, w2_bias, mlp)
+    topk_weights, topk_ids = routing.topk_weights.float().contiguous(), rows(routing, experts.number)
     y = _slots(topk_ids, x.shape[1])
     for block in _blocks(x, topk_weights, topk_ids, experts.number):
         y.index_copy_(0, block.slots, experts.of(block.expert).forward(block.x, block.weights))
@@ -197,16 +186,16 @@ class Expert(NamedTuple):
 def _times(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> Tensor:
     """x @ W^T + bias; the dequantised weight never exists as a whole."""
     out = torch.empty(x.shape[0], weight.N, dtype=torch.float32, device=x.device)
-    for rows, block in weight.blocks():
-        out[:, rows] = F.linear(x, block.dequantize(), None if bias is None else bias[rows].float())
+    for some, block in weight.blocks():
+        out[:, some] = F.linear(x, block.dequantize(), None if bias is None else bias[some].float())
     return out
 
 
 def _back(grad: Tensor, weight: PackedInt4) -> Tensor:
     """grad @ W."""
     out = torch.zeros(grad.shape[0], weight.K, dtype=torch.float32, device=grad.device)
-    for rows, block in weight.blocks():
-        out.addmm_(grad[:, rows], block.dequantize())
+    for some, block in weight.blocks():
+        out.addmm_(grad[:, some], block.dequantize())
     return out
 
 

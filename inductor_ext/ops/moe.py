@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext import kernels
-from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, Packed
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, Packed, Routing
 from inductor_ext.ops.linear import LIB
 
 # -- schema ------------------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def _require(ok: Any, message: Callable[[], str]) -> None:
 def _check(x: Tensor, call: _Call) -> None:
     """Every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed."""
     _check_numbers(call)
-    E, H = _check_weights(call, x.device)
     _tokens("x", x, _DTYPES, x)
-    _require(x.shape[1] == H, lambda: f"x must be [T, {H}], it is {_of(x)}.")
+    _check_weights(call, x)
+    E, H = call.w13_qweight.shape[0], x.shape[1]
     _tokens("topk_weights", call.topk_weights, _DTYPES, x)
     _tokens("topk_ids", call.topk_ids, (torch.int32, torch.int64), x)
     k = call.topk_ids.shape[1]
@@ -107,7 +107,7 @@ def _check(x: Tensor, call: _Call) -> None:
         call.topk_weights.shape[1] == k,
         lambda: f"topk_weights must be [T, {k}] as topk_ids, it is {_of(call.topk_weights)}.",
     )
-    for name, bias, rows in (("w13_bias", call.w13_bias, call.w13_qweight.shape[1]), ("w2_bias", call.w2_bias, H)):
+    for name, bias, rows in (("w13_bias", call.w13_bias, _rows13(call)), ("w2_bias", call.w2_bias, H)):
         if bias is not None:
             _tensor(name, bias, (E, rows), tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
     if call.expert_map is not None:
@@ -133,20 +133,16 @@ def _check_numbers(call: _Call) -> None:
     _require(math.isfinite(call.routed_scaling), lambda: f"routed_scaling must be finite, it is {call.routed_scaling}.")
 
 
-def _check_weights(call: _Call, device: torch.device) -> tuple[int, int]:
-    """E and H, as the weights have them. In the canonical layout: a kernel with another one says here what it is."""
+def _check_weights(call: _Call, x: Tensor) -> None:
+    """The weights, in the layout of the kernel, for tokens of x's size."""
     _require(
-        call.w13_qweight.dim() == 3 and call.w13_qweight.shape[0] >= 1,
-        lambda: f"w13_qweight must be [E, 2 I, H/8] with E >= 1, it is {_of(call.w13_qweight)}.",
+        call.w13_qweight.dim() >= 1 and call.w13_qweight.shape[0] >= 1,
+        lambda: f"w13_qweight must begin with E >= 1 experts, it is {_of(call.w13_qweight)}.",
     )
-    E, H, I = call.w13_qweight.shape[0], 8 * call.w13_qweight.shape[2], call.intermediate_size  # noqa: E741
+    E, H, I = call.w13_qweight.shape[0], x.shape[1], call.intermediate_size  # noqa: E741
     _require(I >= 8 and I % 8 == 0, lambda: f"intermediate_size must be a positive multiple of 8, it is {I}.")
-    rows = I if call.gate_up == "none" else 2 * I
-    for name, packed, N, K, group_size in (
-        ("w13", call.w13, rows, H, call.w13_group_size),
-        ("w2", call.w2, H, I, call.w2_group_size),
-    ):
-        _check_packed(name, packed, (E, N), K, group_size, device)
+    _check_packed("w13", call.w13, call.kernel, E, _rows13(call), H, call.w13_group_size, x)
+    _check_packed("w2", call.w2, call.kernel, E, H, I, call.w2_group_size, x)
     known = call.global_num_experts
     if call.expert_map is None:
         _require(
@@ -154,21 +150,21 @@ def _check_weights(call: _Call, device: torch.device) -> tuple[int, int]:
         )
     else:
         _require(known == -1 or known >= 1, lambda: f"global_num_experts must be -1 or positive, it is {known}.")
-    return E, H
 
 
-def _check_packed(
-    name: str, packed: Packed, rows: tuple[int, int], K: int, group_size: int, device: torch.device
-) -> None:
-    _tensor(f"{name}_qweight", packed.qweight, (*rows, K // 8), (torch.int32,), device)
+def _check_packed(name: str, packed: Packed, kernel: str, E: int, N: int, K: int, group_size: int, x: Tensor) -> None:
+    """One projection [E, N, K] in the kernel's layout."""
     _require(
         group_size > 0 and K % group_size == 0,
-        lambda: f"{name}_group_size {group_size} does not divide {K}, the columns of {name}.",
+        lambda: f"{name}_group_size {group_size} does not divide {K}, the columns of {name}; x is {_of(x)}.",
     )
-    groups = (*rows, K // group_size)
-    _tensor(f"{name}_scales", packed.scales, groups, _DTYPES, device)
-    if packed.zeros is not None:
-        _tensor(f"{name}_zeros", packed.zeros, groups, (torch.uint8, *_DTYPES), device)
+    try:
+        layout = kernels.load_moe(kernel).layout(packed, E, N, K, group_size)
+    except ValueError as error:
+        raise RuntimeError(f"w4a16::moe: {name}: {error} x is {_of(x)}.") from None
+    for field, tensor, expected in zip(Packed._fields, packed, layout, strict=True):
+        if tensor is not None:
+            _tensor(f"{name}_{field}", tensor, expected.shape, expected.dtypes, x.device)
 
 
 def _tokens(name: str, t: Tensor, dtypes: Sequence[torch.dtype], x: Tensor) -> None:
@@ -194,6 +190,11 @@ def _either(dtypes: Sequence[torch.dtype]) -> str:
 
 def _of(t: Tensor) -> str:
     return f"{_either((t.dtype,))} {list(t.shape)}"
+
+
+def _rows13(call: _Call) -> int:
+    """Of W13."""
+    return call.intermediate_size * (1 if call.gate_up == "none" else 2)
 
 
 def _ids(call: _Call) -> int:
@@ -223,11 +224,9 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _moe(x: Tensor, *rest: Any) -> Tensor:
     call = _Call(*rest)
     _check(x, call)
-    kernel = kernels.load_moe(call.kernel)
-    return kernel.run(
+    return kernels.load_moe(call.kernel).run(
         x.contiguous(),
-        call.topk_weights.float().contiguous(),
-        call.topk_ids.contiguous() if kernel.CHECKS_IDS and call.expert_map is None else _rows(call),
+        _routing(call),
         call.w13,
         call.w2,
         call.w13_bias,
@@ -238,40 +237,23 @@ def _moe(x: Tensor, *rest: Any) -> Tensor:
     )
 
 
-def _rows(call: _Call) -> Tensor:
-    """topk_ids as rows of the weights, int32 and contiguous; negative where there is nothing to do.
-
-    Raises RuntimeError for an id that there is not, and for a row that there is not; not on a GPU, which would have to
-    wait for the values: there such a choice contributes nothing.
-    """
-    E = call.w13_qweight.shape[0]
-    rows = _within("topk_ids", call.topk_ids, _ids(call))
-    if call.expert_map is not None:
-        found = call.expert_map[rows.clamp(min=0)].where(rows >= 0, -1)
-        rows = _within("expert_map", found, E)
-    return rows.int().contiguous()
-
-
-def _within(name: str, values: Tensor, end: int) -> Tensor:
-    if values.device.type != "cpu":
-        return values.where((values >= 0) & (values < end), -1)
-    if values.numel():
-        low, high = (int(v) for v in values.aminmax())
-        wrong = low if low < -1 else high
-        _require(low >= -1 and high < end, lambda: f"{name} must be -1 or 0..{end - 1}, there is {wrong} in it.")
-    return values
+def _routing(call: _Call) -> Routing:
+    return Routing(call.topk_weights, call.topk_ids, call.expert_map, _ids(call))
 
 
 def _moe_grad(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from inductor_ext.kernels.reference_moe import Experts, gradient  # which imports this package
+    from inductor_ext.kernels.rows import rows
 
     call = _Call(*rest)
     _check_grad(grad, x, call)
     kernel, reference = kernels.load_moe(call.kernel), kernels.load_moe("reference")
     E = call.w13_qweight.shape[0]
-    w13, w2 = (reference.pack(kernel.unpack(packed), E) for packed in (call.w13, call.w2))
+    H, I = x.shape[1], call.intermediate_size  # noqa: E741
+    w13 = reference.pack(kernel.unpack(call.w13, _rows13(call), H, call.w13_group_size), E)
+    w2 = reference.pack(kernel.unpack(call.w2, H, I, call.w2_group_size), E)
     experts = Experts(w13, w2, call.w13_bias, call.w2_bias, call.mlp)
-    for_x, for_weights = gradient(grad, x, call.topk_weights.float().contiguous(), _rows(call), experts)
+    for_x, for_weights = gradient(grad, x, call.topk_weights.float().contiguous(), rows(_routing(call), E), experts)
     return for_x.to(x.dtype), for_weights.to(call.topk_weights.dtype)
 
 

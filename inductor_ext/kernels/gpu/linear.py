@@ -54,8 +54,8 @@ def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     M, K = x.shape
-    arch = _arch(x.device)
-    if tuning.dense_from(arch, _float_zeros(packed)) <= M:
+    arch = arch_of(x.device)
+    if tuning.dense_from(arch, float_zeros(packed)) <= M:
         return torch.nn.functional.linear(x, dequantise(packed, N, K, group_size, x.dtype), bias)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if M > 0:
@@ -78,8 +78,8 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
     linear_kernel[(tiles, config.SPLITS)](
         x,
         packed.qweight,
-        _words(packed.scales),
-        None if packed.zeros is None else _words(packed.zeros),
+        words(packed.scales),
+        None if packed.zeros is None else words(packed.zeros),
         bias,
         out,
         parts,
@@ -94,11 +94,12 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
         BN=config.BN,
         BM=config.BM,
         WIDTH=config.WIDTH if group_size != 32 else 32,
-        BY_SUMS=config.BY_SUMS or _float_zeros(packed),
+        BY_SUMS=config.BY_SUMS or float_zeros(packed),
+        ROUNDED=config.ROUNDED and not float_zeros(packed) and packed.scales.dtype == x.dtype,
         WIDE=config.WIDE,
         STAGES=config.STAGES,
         num_warps=config.num_warps,
-        **_meaning(packed, K, group_size, x.device),
+        **meaning(packed, K, group_size, x.device),
     )
 
 
@@ -110,24 +111,24 @@ def dequantise(packed: Packed, N: int, K: int, group_size: int, dtype: torch.dty
     out = torch.empty(N, K, dtype=dtype, device=packed.qweight.device)
     dequantise_kernel[(2 * across, down)](
         packed.qweight,
-        _words(packed.scales),
-        None if packed.zeros is None else _words(packed.zeros),
+        words(packed.scales),
+        None if packed.zeros is None else words(packed.zeros),
         out,
         N,
         K,
         down * planes.ROWS,
         across,
         num_warps=4,
-        **_meaning(packed, K, group_size, out.device),
+        **meaning(packed, K, group_size, out.device),
     )
     return out
 
 
-def _float_zeros(packed: Packed) -> bool:
+def float_zeros(packed: Packed) -> bool:
     return packed.zeros is not None and packed.zeros.dtype != torch.int16
 
 
-def _words(values: Tensor) -> Tensor:
+def words(values: Tensor) -> Tensor:
     """16-bit pairs as the 32-bit words that a kernel loads."""
     return values if values.dtype == torch.float32 else values.view(torch.int32)
 
@@ -135,19 +136,19 @@ def _words(values: Tensor) -> Tensor:
 _KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int16: "int16"}
 
 
-def _meaning(packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
+def meaning(packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
     """What the kernels must know of a weight when they are compiled."""
     return {
         "G": 0 if group_size == K else group_size,
         "KIND": _KINDS[packed.scales.dtype],
         "WHOLE": K % planes.COLUMNS == 0,
         "ZEROS": "none" if packed.zeros is None else _KINDS[packed.zeros.dtype],
-        "PTX": _arch(device).startswith("sm_"),
+        "PTX": arch_of(device).startswith("sm_"),
     }
 
 
 @functools.cache
-def _arch(device: torch.device) -> str:
+def arch_of(device: torch.device) -> str:
     return oracle.arch(device)
 
 

@@ -6,7 +6,9 @@ stay exact. Zeros too: with sums of x (a matmul by ones, in the same registers' 
 
     sum_k (q - z) s x = s (sum_k (q - 8) x - (z - 8) sum_k x)
 
-or, where the matrix unit is what limits (many rows of x), integers taken off the codes, which is exact as well.
+or, where the matrix unit is what limits (many rows of x), integers taken off the codes, which is exact as well. With
+very many rows that holds for scales too: ROUNDED, each weight is rounded once to x's dtype, as a dense weight would be,
+and the sums of all groups stay in the matrix unit.
 
 A step is a tile of 256 columns, or one half of its words: then each plane is 32 columns wide, and x is read in runs of
 32. Groups of 32 need half steps.
@@ -46,6 +48,7 @@ def accumulate(
     KIND: tl.constexpr,
     ZEROS: tl.constexpr,  # as KIND, or "none"
     BY_SUMS: tl.constexpr,  # how zeros are applied
+    ROUNDED: tl.constexpr,  # scales act on codes instead of sums
     WIDE: tl.constexpr,  # two planes as one operand, instead of one matmul a plane
     WHOLE: tl.constexpr,  # K is a multiple of 256
     STAGES: tl.constexpr,
@@ -60,9 +63,9 @@ def accumulate(
         if G == 0 or G >= 128:
             # The planes of one side of a tile are of one group.
             s, z = _group(scales, zeros, tile * 256, 0, n, N, G, KIND, ZEROS)
-            acc = _side(acc, a, b, s, z, x, is_row, K, k, ZEROS, BY_SUMS, WIDE, WHOLE, dtype)
+            acc = _side(acc, a, b, s, z, x, is_row, K, k, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, dtype)
             s, z = _group(scales, zeros, tile * 256, 1, n, N, G, KIND, ZEROS)
-            acc = _side(acc, c, d, s, z, x, is_row, K, k + 128, ZEROS, BY_SUMS, WIDE, WHOLE, dtype)
+            acc = _side(acc, c, d, s, z, x, is_row, K, k + 128, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, dtype)
         else:
             for p in tl.static_range(4):
                 if G == 64:
@@ -71,13 +74,13 @@ def accumulate(
                     pair, which = tile * 4 + p, part
                 s, z = _numbers(scales, zeros, pair, which, n, N, KIND, ZEROS)
                 if p == 0:
-                    acc = _plane(acc, a, s, z, x, is_row, K, k, ZEROS, BY_SUMS, WHOLE, dtype)
+                    acc = _plane(acc, a, s, z, x, is_row, K, k, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
                 elif p == 1:
-                    acc = _plane(acc, b, s, z, x, is_row, K, k + 64, ZEROS, BY_SUMS, WHOLE, dtype)
+                    acc = _plane(acc, b, s, z, x, is_row, K, k + 64, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
                 elif p == 2:
-                    acc = _plane(acc, c, s, z, x, is_row, K, k + 128, ZEROS, BY_SUMS, WHOLE, dtype)
+                    acc = _plane(acc, c, s, z, x, is_row, K, k + 128, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
                 else:
-                    acc = _plane(acc, d, s, z, x, is_row, K, k + 192, ZEROS, BY_SUMS, WHOLE, dtype)
+                    acc = _plane(acc, d, s, z, x, is_row, K, k + 192, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
     return acc
 
 
@@ -108,12 +111,13 @@ def _numbers(scales, zeros, pair, which, n, N, KIND: tl.constexpr, ZEROS: tl.con
 @triton.jit
 def _side(
     acc, a, b, s, z, x, is_row, K, k,
-    ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
+    ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """acc + what two planes of one group give. Columns k.. and k + 64.. of x go with them."""
     WIDTH: tl.constexpr = a.shape[1]
-    a, b = _less(a, z, ZEROS, BY_SUMS), _less(b, z, ZEROS, BY_SUMS)
-    p = tl.zeros(acc.shape, tl.float32)
+    a, b = _weights(a, s, z, ZEROS, BY_SUMS, ROUNDED), _weights(b, s, z, ZEROS, BY_SUMS, ROUNDED)
+    p = _start(acc, ROUNDED)
     sums = tl.zeros(acc.shape, tl.float32)
     j = tl.arange(0, WIDTH)
     if WIDE:
@@ -123,20 +127,20 @@ def _side(
     else:
         p, sums = _product(a, _columns(x, is_row, K, k + j, WHOLE), p, sums, ZEROS, BY_SUMS, dtype)
         p, sums = _product(b, _columns(x, is_row, K, k + 64 + j, WHOLE), p, sums, ZEROS, BY_SUMS, dtype)
-    return _scaled(acc, p, sums, s, z, ZEROS, BY_SUMS)
+    return _scaled(acc, p, sums, s, z, ZEROS, BY_SUMS, ROUNDED)
 
 
 @triton.jit
 def _plane(
     acc, q, s, z, x, is_row, K, k,
-    ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
+    ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """acc + what one plane gives, whose columns are k.. of x."""
-    p = tl.zeros(acc.shape, tl.float32)
+    p = _start(acc, ROUNDED)
     sums = tl.zeros(acc.shape, tl.float32)
     columns = _columns(x, is_row, K, k + tl.arange(0, q.shape[1]), WHOLE)
-    p, sums = _product(_less(q, z, ZEROS, BY_SUMS), columns, p, sums, ZEROS, BY_SUMS, dtype)
-    return _scaled(acc, p, sums, s, z, ZEROS, BY_SUMS)
+    p, sums = _product(_weights(q, s, z, ZEROS, BY_SUMS, ROUNDED), columns, p, sums, ZEROS, BY_SUMS, dtype)
+    return _scaled(acc, p, sums, s, z, ZEROS, BY_SUMS, ROUNDED)
 
 
 @triton.jit
@@ -150,11 +154,20 @@ def _columns(x, is_row, K, k, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _less(q, z, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr):
-    """Codes less their zeros, unless these are applied by sums."""
+def _weights(q, s, z, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr):
+    """The matmul's operand: codes, less their zeros unless these are applied by sums, scaled if that is not left to the
+    sums."""
     if ZEROS != "none" and not BY_SUMS:
         q -= z.to(q.dtype)[:, None]
+    if ROUNDED:
+        q *= s.to(q.dtype)[:, None]
     return q
+
+
+@triton.jit
+def _start(acc, ROUNDED: tl.constexpr):
+    """What a group's products are added to."""
+    return acc if ROUNDED else tl.zeros(acc.shape, tl.float32)
 
 
 @triton.jit
@@ -167,7 +180,11 @@ def _product(q, x, p, sums, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, dtype: t
 
 
 @triton.jit
-def _scaled(acc, p, sums, s, z, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr):
-    if ZEROS != "none" and BY_SUMS:
-        p -= z[:, None] * sums
-    return acc + p * s[:, None]
+def _scaled(acc, p, sums, s, z, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr):
+    if ROUNDED:
+        acc = p
+    else:
+        if ZEROS != "none" and BY_SUMS:
+            p -= z[:, None] * sums
+        acc += p * s[:, None]
+    return acc

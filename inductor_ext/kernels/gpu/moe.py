@@ -30,23 +30,23 @@ def _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM: tl.conste
     return expert, pair
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def up_kernel(
     x, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, h,
-    NUMBER, E, TOP_K, H, I, ROWS, STEPS, PAIRS_OF_GROUPS, alpha, limit,
+    NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, PAIRS_OF_GROUPS, alpha, limit,
     GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, ON_INPUT: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """h [pairs, I] = act(W13 x + b13), rounded to h's dtype. A tile has the gates and the ups of the same outputs."""
+    """h [pairs, INNER] = act(W13 x + b13), rounded to h's dtype. A tile has gates and ups of the same outputs."""
     expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
     if expert >= 0:
         OUT: tl.constexpr = BN if GATE_UP == "none" else BN // 2
         n0 = tl.program_id(0) * OUT
         i = tl.arange(0, BN)
         if GATE_UP == "halves":
-            row = tl.minimum(n0 + i % OUT, I - 1) + i // OUT * I
+            row = tl.minimum(n0 + i % OUT, INNER - 1) + i // OUT * INNER
         else:
             row = tl.minimum(n0 * (BN // OUT) + i, ROWS - 1)
         e = expert.to(tl.int64)
@@ -57,14 +57,14 @@ def up_kernel(
             scales + e * PAIRS_OF_GROUPS * ROWS,
             None if ZEROS == "none" else zeros + e * PAIRS_OF_GROUPS * ROWS,
             row, ROWS,
-            x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * H, is_row[None, :],
-            H, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, WIDE, WHOLE, STAGES, PTX,
+            x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * HIDDEN, is_row[None, :],
+            HIDDEN, 0, STEPS,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if ON_INPUT:
             acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
         if bias is not None:
-            rows = I if GATE_UP == "none" else 2 * I
+            rows = INNER if GATE_UP == "none" else 2 * INNER
             acc += tl.load(bias + e * rows + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
         if GATE_UP == "none":
             y = _activated(acc, ACTIVATION)
@@ -81,8 +81,8 @@ def up_kernel(
             else:
                 y = _activated(gate, ACTIVATION) * up
         n = n0 + tl.arange(0, OUT)
-        where = pair.to(tl.int64)[None, :] * I + n[:, None]
-        tl.store(h + where, y.to(h.dtype.element_ty), mask=is_row[None, :] & (n < I)[:, None])
+        where = pair.to(tl.int64)[None, :] * INNER + n[:, None]
+        tl.store(h + where, y.to(h.dtype.element_ty), mask=is_row[None, :] & (n < INNER)[:, None])
 
 
 @triton.jit
@@ -98,16 +98,16 @@ def _activated(g, ACTIVATION: tl.constexpr):
     return g
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def down_kernel(
     h, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, y, out, arrived,
-    NUMBER, E, TOP_K, I, H, ROWS, STEPS, PAIRS_OF_GROUPS, scaling,
+    NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, PAIRS_OF_GROUPS, scaling,
     ON_INPUT: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """y [pairs, H] = weight * (W2 h + b2). PAIRWISE, also out [T, H], its sums over a token's pairs, times scaling."""
+    """y [pairs, HIDDEN] = weight * (W2 h + b2). PAIRWISE, also out [T, HIDDEN]: a token's sum, times scaling."""
     expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     if expert >= 0:
@@ -119,38 +119,40 @@ def down_kernel(
             scales + e * PAIRS_OF_GROUPS * ROWS,
             None if ZEROS == "none" else zeros + e * PAIRS_OF_GROUPS * ROWS,
             n, ROWS,
-            h + tl.maximum(pair, 0).to(tl.int64)[None, :] * I, is_row[None, :],
-            I, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, WIDE, WHOLE, STAGES, PTX,
+            h + tl.maximum(pair, 0).to(tl.int64)[None, :] * INNER, is_row[None, :],
+            INNER, 0, STEPS,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if bias is not None:
-            acc += tl.load(bias + e * H + n, mask=n < H, other=0.0).to(tl.float32)[:, None]
+            acc += tl.load(bias + e * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[:, None]
         if not ON_INPUT:
             acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
-        where = pair.to(tl.int64)[None, :] * H + n[:, None]
-        tl.store(y + where, acc.to(y.dtype.element_ty), mask=is_row[None, :] & (n < H)[:, None])
+        where = pair.to(tl.int64)[None, :] * HIDDEN + n[:, None]
+        tl.store(y + where, acc.to(y.dtype.element_ty), mask=is_row[None, :] & (n < HIDDEN)[:, None])
     if PAIRWISE:
         token = tl.program_id(1) // TOP_K
         tl.debug_barrier()  # all of this program's part is written before it is announced
         mine = arrived + token * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(mine, 1, sem="acq_rel") == TOP_K - 1:
             tl.store(mine, 0)
-            _add_up(y, out, ids, expert_map, token, n, TOP_K, H, NUMBER, E, scaling)
+            _add_up(y, out, ids, expert_map, token, n, TOP_K, HIDDEN, NUMBER, E, scaling)
 
 
 @triton.jit
-def add_up_kernel(y, out, ids, expert_map, TOP_K, H, NUMBER, E, scaling, BN: tl.constexpr):
-    """out [T, H]: each token's sum over its pairs, in their order, times scaling."""
+def add_up_kernel(y, out, ids, expert_map, TOP_K, HIDDEN, NUMBER, E, scaling, BN: tl.constexpr):
+    """out [T, HIDDEN]: each token's sum over its pairs, in their order, times scaling."""
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    _add_up(y, out, ids, expert_map, tl.program_id(0), n, TOP_K, H, NUMBER, E, scaling)
+    _add_up(y, out, ids, expert_map, tl.program_id(0), n, TOP_K, HIDDEN, NUMBER, E, scaling)
 
 
 @triton.jit
-def _add_up(y, out, ids, expert_map, token, n, TOP_K, H, NUMBER, E, scaling):
+def _add_up(y, out, ids, expert_map, token, n, TOP_K, HIDDEN, NUMBER, E, scaling):
     first = token.to(tl.int64) * TOP_K
     acc = tl.zeros(n.shape, tl.float32)
     for j in range(TOP_K):
         # What no expert computed is not there to be read.
         there = expert_of(ids, first + j, True, expert_map, NUMBER, E) >= 0
-        acc += tl.load(y + (first + j) * H + n, mask=there & (n < H), other=0.0, cache_modifier=".cg").to(tl.float32)
-    tl.store(out + token.to(tl.int64) * H + n, (acc * scaling).to(out.dtype.element_ty), mask=n < H)
+        acc += tl.load(y + (first + j) * HIDDEN + n, mask=there & (n < HIDDEN), other=0.0, cache_modifier=".cg").to(
+            tl.float32
+        )
+    tl.store(out + token.to(tl.int64) * HIDDEN + n, (acc * scaling).to(out.dtype.element_ty), mask=n < HIDDEN)

@@ -1,4 +1,4 @@
-"""Routing on the device: (token, choice) pairs sorted by expert into blocks of equal size, without waiting for the host.
+"""Routing on the device: (token, choice) pairs sorted by expert into blocks of one size, without waiting for the host.
 
 A pair is t * k + j. ``slots`` holds the pairs of an expert in their order, filled up to whole blocks with -1; blocks
 stand in the order of the experts, and ``total`` says how many there are. What lies beyond is not written.
@@ -60,5 +60,5 @@ def route_kernel(
         placed += tl.sum(mine.to(tl.int32), 0)
     rest = own + tl.arange(0, BM)
     tl.store(first + rest, -1, mask=rest < (own + BM - 1) // BM * BM)
-    for block in range(0, (own + BM - 1) // BM):
+    for block in range((own + BM - 1) // BM):
         tl.store(block_expert + before + block, expert)

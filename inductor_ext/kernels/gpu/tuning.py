@@ -23,6 +23,7 @@ class Config:
     WIDE: bool
     SPLITS: int
     BY_SUMS: bool
+    ROUNDED: bool
     STAGES: int
     num_warps: int
 
@@ -44,20 +45,24 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
         # Many small programs: what counts is how many bytes are under way.
         splits = _splits(-(-N // 32), steps, 3 * processors)
         stages = 4 if splits > 1 and steps >= 8 * splits else 3
-        return Config(BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, STAGES=stages, num_warps=2)
+        return Config(
+            BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, ROUNDED=False, STAGES=stages, num_warps=2
+        )
     if arch.startswith("gfx1"):
         # Vector registers hold half a tile's codes and 32 rows of x, and bfloat16 has no subtraction of its own.
         BM = 16 if M <= 16 else 32
         splits = _splits(-(-N // 64) * -(-M // BM), steps, 3 * processors)
-        return Config(64, BM, 32, WIDE=True, SPLITS=splits, BY_SUMS=True, STAGES=2, num_warps=BM // 4)
+        return Config(64, BM, 32, WIDE=True, SPLITS=splits, BY_SUMS=True, ROUNDED=False, STAGES=2, num_warps=BM // 4)
     if M <= 64 or amd:
         BM = 16 if M <= 16 else 32 if M <= 32 else 64
         width = 64 if BM < 64 or amd or arch in _ROOMY else 32
-        splits = _splits(-(-N // 64) * -(-M // BM), steps, (3 if BM == 16 else 2.2) * processors)
-        return Config(64, BM, width, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=2 if amd else 3, num_warps=4)
+        splits = _splits(-(-N // 64) * -(-M // BM), steps, {16: 3, 32: 2.2, 64: 2}[BM] * processors)
+        return Config(
+            64, BM, width, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4
+        )
     BN = 128 if -(-N // 64) % 2 == 0 else 64
     splits = _splits(-(-N // BN) * -(-M // 128), steps, processors)
-    return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, STAGES=3, num_warps=BN // 16)
+    return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=True, STAGES=3, num_warps=BN // 16)
 
 
 def _splits(tiles: int, steps: int, wanted: float) -> int:
@@ -66,3 +71,37 @@ def _splits(tiles: int, steps: int, wanted: float) -> int:
     while 1.5 * tiles * splits < wanted and steps >= 6 * splits and splits < 16:
         splits *= 2
     return -(-steps // -(-steps // splits))  # fewer, where shares are rounded up so that the last ones had none
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Launch parameters of one projection's kernel for routed experts."""
+
+    PAIRWISE: bool
+    """Every (token, choice) pair is a block of its own; nothing is sorted."""
+    BN: int
+    BM: int
+    WIDTH: int
+    STAGES: int
+    num_warps: int
+
+    @property
+    def ROUNDED(self) -> bool:
+        return self.BM >= 128
+
+
+def moe(pairs: int, E: int, H: int, I: int, arch: str) -> tuple[MoeConfig, MoeConfig]:  # noqa: E741
+    """For the first and the second projection. Both have the same blocks of pairs."""
+    each = pairs / E
+    pairwise = 4 * pairs <= E or pairs <= 8
+    if is_amd(arch):
+        config = MoeConfig(pairwise, 64, 16 if pairwise or each <= 8 else 32 if each <= 48 else 64, 32, 2, 4)
+        return config, config
+    if pairwise or each <= 6:
+        # Long rows, or few pairs: smaller tiles are more programs.
+        narrow = I >= 4096 or pairs <= 8
+        down = MoeConfig(pairwise, 32 if narrow else 64, 8, 64, 4 if I >= 4096 else 3, 2)
+        return MoeConfig(pairwise, 64, 8, 64, 3, 2), down
+    if each <= 96:
+        return MoeConfig(False, 128, 32, 64, 3, 8), MoeConfig(False, 64, 32, 64, 3, 4)
+    return MoeConfig(False, 128, 128, 32, 3, 8), MoeConfig(False, 64, 128, 32, 3, 4)

@@ -1,4 +1,6 @@
-"""Counters for kernels whose programs wait for one another: zero before a launch, and zero again after it.
+"""Memory that kernels need besides their arguments: one allocation cut into sections, and counters.
+
+Counters are for kernels whose programs wait for one another: zero before a launch, and zero again after it.
 
 One launch's counters must not be another's that may run at the same time. Launches of one stream follow each other, so
 a stream has one set. A launch that is captured into a CUDA graph runs wherever the graph is replayed, so it gets
@@ -7,6 +9,7 @@ counters that are nobody else's, for good; a graph never runs beside itself.
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -62,3 +65,35 @@ def _chunk(count: int, device: torch.device) -> Tensor:
     zeros = torch.zeros(count, dtype=torch.int32, device=device)
     torch.cuda.current_stream(device).synchronize()  # any stream may use it
     return zeros
+
+
+class Section:
+    """A tensor within one allocation, once that is made."""
+
+    def __init__(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.start, self.shape, self.dtype = start, shape, dtype
+        self.size = math.prod(shape) * dtype.itemsize
+        self.whole: Tensor | None = None
+
+    def get(self) -> Tensor:
+        assert self.whole is not None
+        return self.whole[self.start : self.start + self.size].view(self.dtype).view(self.shape)
+
+
+class Sections:
+    """Several tensors in one allocation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._end = device, 0
+        self._sections: list[Section] = []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Section:
+        section = Section(self._end, shape, dtype)
+        self._end += -(-section.size // 256) * 256
+        self._sections.append(section)
+        return section
+
+    def allocate(self) -> None:
+        whole = torch.empty(self._end, dtype=torch.uint8, device=self._device)
+        for section in self._sections:
+            section.whole = whole

@@ -1,0 +1,151 @@
+"""The Triton kernels for ``w4a16::moe``: two launches with few tokens, four otherwise, and no wait for the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
+from inductor_ext.kernels.gpu import linear, planes, tuning
+
+NAME = "triton"
+
+_FLOATS = (torch.float16, torch.bfloat16)
+
+usable = linear.usable
+
+
+def reject(problem: MoeProblem) -> str | None:
+    if problem.op != "moe":
+        return f"The kernel computes moe, not {problem.op}."
+    if problem.device != "cuda":
+        return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
+    if problem.dtype not in _FLOATS:
+        return f"The activations must be float16 or bfloat16, not {problem.dtype}."
+    for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
+        if weight.scale_dtype not in planes.SCALES:
+            return f"The scales must be float16, bfloat16 or float32, not {weight.scale_dtype}."
+        if (reason := planes.why_not(K, weight.group_size)) is not None:
+            return reason
+    mlp = problem.mlp
+    if mlp.activation not in ACTIVATIONS:
+        return f"The activation must be one of {', '.join(ACTIVATIONS)}, not {mlp.activation}."
+    if mlp.gate_up not in GATE_UP:
+        return f"The layout of gate and up must be one of {', '.join(GATE_UP)}, not {mlp.gate_up}."
+    return None
+
+
+def pack(weight: PackedInt4, experts: int) -> Packed:
+    N = weight.N // experts
+    zeros = weight.zeros
+    ones = [
+        planes.pack(PackedInt4(weight.codes[rows], weight.scales[rows], None if zeros is None else zeros[rows]))
+        for rows in (slice(e * N, (e + 1) * N) for e in range(experts))
+    ]
+    return Packed(*(None if ts[0] is None else torch.stack(ts) for ts in zip(*ones, strict=True)))  # type: ignore[arg-type]
+
+
+def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+    zeros = [None] * len(packed.qweight) if packed.zeros is None else packed.zeros
+    experts = zip(packed.qweight, packed.scales, zeros, strict=True)
+    ones = [planes.unpack(Packed(*tensors, None), N, K, group_size) for tensors in experts]
+    all_zeros = [one.zeros for one in ones if one.zeros is not None]
+    codes, scales = torch.cat([one.codes for one in ones]), torch.cat([one.scales for one in ones])
+    return PackedInt4(codes, scales, torch.cat(all_zeros) if all_zeros else None)
+
+
+def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
+    return canonical.of_experts(E, planes.layout(packed, N, K, group_size))
+
+
+def run(
+    x: Tensor,
+    routing: Routing,
+    w13: Packed,
+    w2: Packed,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    mlp: Mlp,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+) -> Tensor:
+    from inductor_ext.kernels.gpu import moe
+    from inductor_ext.kernels.gpu.routing import route_kernel
+    from inductor_ext.kernels.gpu.workspace import Sections, counters
+
+    (T, H), I, E = x.shape, intermediate_size, w13.qweight.shape[0]  # noqa: E741
+    k = routing.topk_ids.shape[1]
+    pairs, device = T * k, x.device
+    out = torch.empty_like(x)
+    if T == 0:
+        return out
+    ids, weights = routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
+    up, down = tuning.moe(pairs, E, H, I, linear.arch_of(device))
+    BM, pairwise = up.BM, up.PAIRWISE
+    blocks = pairs if pairwise else min(pairs, pairs // BM + min(E, pairs))
+    # float32 up to where its traffic would count; rounded to x's dtype beyond (see MoeKernel.run).
+    y_dtype = torch.float32 if pairs <= 8192 else x.dtype
+    room = Sections(device)
+    h = room.take((pairs, I), x.dtype)
+    y = room.take((pairs, H), y_dtype)
+    slots, block_expert, total = (room.take((n,), torch.int32) for n in (blocks * BM, blocks, 1))
+    room.allocate()
+    number, expert_map = routing.number, routing.expert_map
+    if not pairwise:
+        bins, chunk = 1 << E.bit_length(), min(4096, max(128, 1 << (pairs - 1).bit_length()))
+        route_kernel[(E,)](
+            ids, expert_map, slots.get(), block_expert.get(), total.get(), pairs, number, E,
+            BINS=bins, BM=BM, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8,
+        )  # fmt: skip
+    found = (weights, ids, expert_map, slots.get(), block_expert.get(), total.get())
+    per_tile = 1 if mlp.gate_up == "none" else 2
+    moe.up_kernel[(-(-I * per_tile // up.BN), blocks)](
+        x, *_tensors(w13), w13_bias, *found, h.get(),
+        number, E, k, H, I, *_sizes(w13), mlp.alpha, mlp.limit or 0.0,
+        GATE_UP=mlp.gate_up, ACTIVATION=mlp.activation, LIMITED=mlp.limit is not None,
+        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(up, w13, H, group_sizes[0], device),
+    )  # fmt: skip
+    across = -(-H // down.BN)
+    arrived = counters(T * across, device) if pairwise else None
+    moe.down_kernel[(across, blocks)](
+        h.get(), *_tensors(w2), w2_bias, *found, y.get(), out, arrived,
+        number, E, k, I, H, *_sizes(w2), mlp.routed_scaling,
+        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(down, w2, I, group_sizes[1], device),
+    )  # fmt: skip
+    if not pairwise:
+        moe.add_up_kernel[(T, -(-H // 1024))](
+            y.get(), out, ids, expert_map, k, H, number, E, mlp.routed_scaling, BN=1024, num_warps=4
+        )
+    return out
+
+
+def _tensors(packed: Packed) -> tuple[Tensor | None, ...]:
+    return (
+        packed.qweight,
+        linear.words(packed.scales),
+        None if packed.zeros is None else linear.words(packed.zeros),
+    )
+
+
+def _sizes(packed: Packed) -> tuple[int, int, int]:
+    """ROWS, STEPS and how many rows of 32-bit words an expert's scales have."""
+    _, down, across, _ = packed.qweight.shape
+    return down * planes.ROWS, across, packed.scales.shape[1]
+
+
+def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "PAIRWISE": config.PAIRWISE,
+        "BN": config.BN,
+        "BM": config.BM,
+        "WIDTH": 32 if group_size == 32 else config.WIDTH,
+        "WIDE": config.BM > 8,
+        "BY_SUMS": config.BM == 8 or linear.float_zeros(packed),
+        "ROUNDED": config.ROUNDED and not linear.float_zeros(packed),
+        "STAGES": config.STAGES,
+        "num_warps": config.num_warps,
+        **linear.meaning(packed, K, group_size, device),
+    }
