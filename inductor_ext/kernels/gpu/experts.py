@@ -106,14 +106,14 @@ def run(
         x, *_tensors(w13), w13_bias, *found, h.get(),
         number, E, k, H, I, *_sizes(w13), mlp.alpha, mlp.limit or 0.0,
         GATE_UP=mlp.gate_up, ACTIVATION=mlp.activation, LIMITED=mlp.limit is not None,
-        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(up, w13, H, group_sizes[0], device),
+        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(up, w13, H, group_sizes[0], x),
     )  # fmt: skip
     across = -(-H // down.BN)
     arrived = counters(T * across, device) if pairwise else None
     moe.down_kernel[(across, blocks)](
         h.get(), *_tensors(w2), w2_bias, *found, y.get(), out, arrived,
         number, E, k, I, H, *_sizes(w2), mlp.routed_scaling,
-        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(down, w2, I, group_sizes[1], device),
+        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(down, w2, I, group_sizes[1], x),
     )  # fmt: skip
     if not pairwise:
         moe.add_up_kernel[(T, -(-H // 1024))](
@@ -136,7 +136,7 @@ def _sizes(packed: Packed) -> tuple[int, int, int]:
     return down * planes.ROWS, across, packed.scales.shape[1]
 
 
-def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
+def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, x: Tensor) -> dict[str, Any]:
     return {
         "PAIRWISE": config.PAIRWISE,
         "BN": config.BN,
@@ -144,8 +144,8 @@ def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, 
         "WIDTH": 32 if group_size == 32 else config.WIDTH,
         "WIDE": config.BM > 8,
         "BY_SUMS": config.BM == 8 or linear.float_zeros(packed),
-        "ROUNDED": config.ROUNDED and not linear.float_zeros(packed),
+        "ROUNDED": config.ROUNDED and linear.may_round(packed, x.dtype),
         "STAGES": config.STAGES,
         "num_warps": config.num_warps,
-        **linear.meaning(packed, K, group_size, device),
+        **linear.meaning(packed, K, group_size, x.device),
     }

@@ -95,7 +95,7 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
         BM=config.BM,
         WIDTH=config.WIDTH if group_size != 32 else 32,
         BY_SUMS=config.BY_SUMS or float_zeros(packed),
-        ROUNDED=config.ROUNDED and not float_zeros(packed) and packed.scales.dtype == x.dtype,
+        ROUNDED=config.ROUNDED and may_round(packed, x.dtype),
         WIDE=config.WIDE,
         STAGES=config.STAGES,
         num_warps=config.num_warps,
@@ -126,6 +126,12 @@ def dequantise(packed: Packed, N: int, K: int, group_size: int, dtype: torch.dty
 
 def float_zeros(packed: Packed) -> bool:
     return packed.zeros is not None and packed.zeros.dtype != torch.int16
+
+
+def may_round(packed: Packed, dtype: torch.dtype) -> bool:
+    """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of the
+    activations' dtype is taken as it is."""
+    return not float_zeros(packed) and packed.scales.dtype == dtype
 
 
 def words(values: Tensor) -> Tensor:

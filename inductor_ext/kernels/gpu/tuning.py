@@ -60,9 +60,13 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
         return Config(
             64, BM, width, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4
         )
-    BN = 128 if -(-N // 64) % 2 == 0 else 64
-    splits = _splits(-(-N // BN) * -(-M // 128), steps, processors)
-    return Config(BN, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=True, STAGES=3, num_warps=BN // 16)
+    tiles = -(-N // 64) * -(-M // 128)
+    if tiles >= 2 * processors and -(-N // 64) % 2 == 0:
+        return Config(128, 128, 32, WIDE=True, SPLITS=1, BY_SUMS=False, ROUNDED=True, STAGES=3, num_warps=8)
+    splits = _splits(tiles, steps, 2.25 * processors)
+    # A short run of steps does without the third stage, and three programs share a processor.
+    stages = 2 if steps <= 8 * splits else 3
+    return Config(64, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=True, STAGES=stages, num_warps=4)
 
 
 def _splits(tiles: int, steps: int, wanted: float) -> int:
