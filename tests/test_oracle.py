@@ -118,7 +118,9 @@ def test_an_unknown_name_lists_the_known_ones(problem: Problem | MoeProblem) -> 
 
 def test_a_name_of_another_op_lists_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "only"))
-    with pytest.raises(ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, reference\."):
+    with pytest.raises(
+        ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, reference, triton\."
+    ):
         kernels.load_for("moe", "only")
 
 
