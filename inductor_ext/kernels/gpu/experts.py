@@ -39,28 +39,48 @@ def reject(problem: MoeProblem) -> str | None:
 
 
 def pack(weight: PackedInt4, experts: int) -> Packed:
+    """The rows of all experts at once, each expert's filled up to whole tiles."""
     N = weight.N // experts
-    zeros = weight.zeros
-    ones = [
-        planes.pack(PackedInt4(weight.codes[rows], weight.scales[rows], None if zeros is None else zeros[rows]))
-        for rows in (slice(e * N, (e + 1) * N) for e in range(experts))
-    ]
-    return Packed(*(None if ts[0] is None else torch.stack(ts) for ts in zip(*ones, strict=True)))  # type: ignore[arg-type]
+    extra = planes.filled(N, planes.ROWS) - N
+
+    def tall(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t.unflatten(0, (experts, N)), (0, 0, 0, extra)).flatten(0, 1) if extra else t
+
+    def split(t: Tensor) -> Tensor:
+        by_expert: Tensor = t.unflatten(1, (experts, -1))
+        return by_expert.movedim(1, 0).contiguous()
+
+    zeros = None if weight.zeros is None else tall(weight.zeros)
+    whole = planes.pack(PackedInt4(tall(weight.codes), tall(weight.scales), zeros))
+    return Packed(
+        whole.qweight.unflatten(0, (experts, -1)),
+        split(whole.scales),
+        None if whole.zeros is None else split(whole.zeros),
+        None,
+    )
 
 
 def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
-    zeros = [None] * len(packed.qweight) if packed.zeros is None else packed.zeros
-    experts = zip(packed.qweight, packed.scales, zeros, strict=True)
-    ones = [planes.unpack(Packed(*tensors, None), N, K, group_size) for tensors in experts]
-    all_zeros = [one.zeros for one in ones if one.zeros is not None]
-    codes, scales = torch.cat([one.codes for one in ones]), torch.cat([one.scales for one in ones])
-    return PackedInt4(codes, scales, torch.cat(all_zeros) if all_zeros else None)
+    experts, down = packed.qweight.shape[:2]
+
+    def joined(t: Tensor) -> Tensor:
+        return t.movedim(0, 1).flatten(1, 2)
+
+    def own(t: Tensor) -> Tensor:
+        by_expert: Tensor = t.unflatten(0, (experts, -1))
+        return by_expert[:, :N].flatten(0, 1)
+
+    zeros = None if packed.zeros is None else joined(packed.zeros)
+    whole = Packed(packed.qweight.flatten(0, 1), joined(packed.scales), zeros, None)
+    weight = planes.unpack(whole, experts * down * planes.ROWS, K, group_size)
+    return PackedInt4(own(weight.codes), own(weight.scales), None if weight.zeros is None else own(weight.zeros))
 
 
 def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
     return canonical.of_experts(E, planes.layout(packed, N, K, group_size))
 
 
+@linear.on_its_device
 def run(
     x: Tensor,
     routing: Routing,

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from inductor_ext.kernels import Packed, Problem
 from inductor_ext.kernels.gpu import planes, tuning
 
 NAME = "triton"
+
+P = ParamSpec("P")
 
 _FLOATS = (torch.float16, torch.bfloat16)
 
@@ -44,13 +47,19 @@ def reject(problem: Problem) -> str | None:
 pack, unpack, layout = planes.pack, planes.unpack, planes.layout
 
 
+def on_its_device(run: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """``run`` on the device of its first argument: Triton launches on the current one, whatever the tensors'."""
+
+    @functools.wraps(run)
+    def there(x: Tensor, /, *args: P.args, **named: P.kwargs) -> Tensor:
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            return run(x, *args, **named)
+
+    return there
+
+
+@on_its_device
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
-    # Triton launches on the current device, whatever the tensors'.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        return _run(x, packed, bias, N, group_size)
-
-
-def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     M, K = x.shape
@@ -129,8 +138,8 @@ def float_zeros(packed: Packed) -> bool:
 
 
 def may_round(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of the
-    activations' dtype is taken as it is."""
+    """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of
+    the activations' dtype is taken as it is."""
     return not float_zeros(packed) and packed.scales.dtype == dtype
 
 

@@ -1,8 +1,8 @@
-"""Which variant of the dense kernel runs a shape: by rules with few numbers, per architecture.
+"""Which variant of a kernel runs a shape: by rules with few numbers, per architecture.
 
 Measured on sm_90 (bench/RESULTS.md). Elsewhere the rules are the same and the numbers reasoned, not measured: matrix
 instructions of AMD have at least 16 columns, 64 KB of shared memory leave room for fewer stages, and where the compiler
-spilled registers a step is half a tile (``tests/test_offline_dense.py``).
+spilled registers a step is half a tile, or a block has fewer rows (``tests/test_offline_dense.py`` and ``_moe.py``).
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def moe(pairs: int, E: int, H: int, I: int, arch: str) -> tuple[MoeConfig, MoeCo
     each = pairs / E
     pairwise = 4 * pairs <= E or pairs <= 8
     if is_amd(arch):
-        config = MoeConfig(pairwise, 64, 16 if pairwise or each <= 8 else 32 if each <= 48 else 64, 32, 2, 4)
+        BM = 16 if pairwise or each <= 8 else 32 if each <= 48 or arch.startswith("gfx1") else 64
+        config = MoeConfig(pairwise, 64, BM, 32, 2, BM // 4 if arch.startswith("gfx1") else 4)
         return config, config
     if pairwise or each <= 6:
         # Long rows, or few pairs: smaller tiles are more programs.
@@ -108,4 +109,7 @@ def moe(pairs: int, E: int, H: int, I: int, arch: str) -> tuple[MoeConfig, MoeCo
         return MoeConfig(pairwise, 64, 8, 64, 3, 2), down
     if each <= 96:
         return MoeConfig(False, 128, 32, 64, 3, 8), MoeConfig(False, 64, 32, 64, 3, 4)
+    if arch not in _ROOMY:
+        config = MoeConfig(False, 128, 64, 32, 3, 8)
+        return config, config
     return MoeConfig(False, 128, 128, 32, 3, 8), MoeConfig(False, 64, 128, 32, 3, 4)
