@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +36,22 @@ def passes(name: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " skipped" not in done.stdout
+
+
+def _quicken() -> None:
+    """Half of the interpreter's time goes into patching Triton's language, at every call of one function by another:
+    what is patched already may stay as it is."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def once(fn: Any) -> Any:
+        seen = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        return patch(fn) if any(tl.core.is_builtin(lang.load) for lang in seen) else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = once
+
+
+if INTERPRETED:
+    _quicken()

@@ -11,11 +11,13 @@ import linecache
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -65,18 +67,18 @@ def compile(
     target: str,
     num_warps: int,
     num_stages: int | None = None,
+    uneven: Collection[str] = (),
 ) -> Facts:
     """Compiles a ``triton.jit`` function for TARGETS[target].
 
     ``signature`` gives each runtime argument's type as Triton spells it ("*fp16", "i32"), ``constexprs`` the other
     arguments' values. As at a launch with ordinary sizes, an argument counts as divisible by 16 unless the kernel has
-    it in do_not_specialize; without that there would be no wide loads.
+    it in do_not_specialize, or it is one of ``uneven``; without that there would be no wide loads.
     """
     types = signature | dict.fromkeys(constexprs, "constexpr")
     place = {name: (index,) for index, name in enumerate(fn.arg_names)}
-    attributes = {
-        place[p.name]: [["tt.divisibility", 16]] for p in fn.params if p.name in signature and not p.do_not_specialize
-    }
+    even = {p.name for p in fn.params if p.name in signature and not p.do_not_specialize}.difference(uneven)
+    attributes = {place[name]: [["tt.divisibility", 16]] for name in even}
     source = ASTSource(fn, types, {place[name]: value for name, value in constexprs.items()}, attributes)
     gpu = TARGETS[target].gpu
     options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
@@ -132,15 +134,26 @@ class Recorder:
         runtime = {p.name for p in self.fn.params if not p.is_constexpr and given[p.name] is not None}
         signature = {name: _type(given[name]) for name in self.fn.arg_names if name in runtime}
         constexprs = {name: value for name, value in given.items() if name not in runtime}
-        return compile(self.fn, signature, constexprs, target, num_warps)
+        numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
+        uneven = {name for name, value in numbers.items() if isinstance(value, float) or value % 16}
+        return compile(self.fn, signature, constexprs, target, num_warps, uneven=uneven)
+
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 def _type(value: Any) -> str:
     """As Triton spells it."""
-    if isinstance(value, int):
-        return "i32"
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int16: "i16"}
-    return "*" + names.get(value.dtype, "i32")
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 _MATRIX = re.compile(r"\b(?:v_s?mfma|v_s?wmma|mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")

@@ -18,7 +18,7 @@ AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 def nibbles(packed: Tensor, shifts: Tensor | None = None) -> Tensor:
     """int32 [*, n] -> [*, 8n]."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32) if shifts is None else shifts
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device) if shifts is None else shifts
     return ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2)
 
 
