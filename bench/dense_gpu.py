@@ -22,14 +22,13 @@ import argparse
 import functools
 import importlib.util
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_time import DEVICE, about, copy_rate, medians, recorded
 from torch import Tensor
 
 from inductor_ext.formats import PackedInt4
@@ -37,9 +36,6 @@ from inductor_ext.kernels.gpu import linear
 
 # More than the L2 of any GPU, with what a graph's other tensors take.
 WORKING_SET = 150_000_000
-CALLS = 10
-"""In a graph, at least."""
-DEVICE = "cuda"
 
 Call = Callable[[Tensor], Tensor]
 
@@ -126,46 +122,6 @@ WAYS: dict[str, Callable[[PackedInt4], Call]] = {
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def recorded(calls: list[Call], x: Tensor) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of calls, as many times over as makes CALLS, and their number."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    times = -(-CALLS // len(calls)) if x.shape[0] < 1024 else 1
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            for call in calls:
-                call(x)
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph, times * len(calls)
-
-
-def seconds(graph: torch.cuda.CUDAGraph) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def copy_rate() -> float:
-    """Bytes a second, read and written, of copying 1 GiB; and the clocks are up after it."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    graph, count = recorded([lambda _: target.copy_(source)], torch.empty(1, 1, device=DEVICE))
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        seconds(graph)
-    return 2 * source.numel() * count / statistics.median(seconds(graph) for _ in range(9))
-
-
 def ready(name: str, weights: list[PackedInt4], x: Tensor, wanted: Tensor) -> list[Call]:
     """The calls of a way, one a copy of the weight. Raises Unavailable."""
     make = WAYS[name]
@@ -203,15 +159,12 @@ def measure(options: argparse.Namespace, N: int, K: int, rate: float) -> Iterato
         x = torch.randn(M, K, dtype=dtype, device=DEVICE)
         if M > 1:
             torch._dynamo.mark_dynamic(x, 0)  # Inductor compiles for 1 and for more, not for each
-        graphs = {name: recorded(some, x) for name, some in calls.items()}
-        times: dict[str, list[float]] = {name: [] for name in graphs}
-        for _ in range(options.rounds):
-            for name, (graph, count) in graphs.items():
-                times[name].append(seconds(graph) / count)
-        moved = size + (M * K + M * N) * x.element_size()
-        yield {"N": N, "K": K, "M": M, "bytes": moved, "floor": moved / rate} | {
-            name: statistics.median(found) for name, found in times.items()
+        graphs = {
+            name: recorded([functools.partial(call, x) for call in some], long=M >= 1024)
+            for name, some in calls.items()
         }
+        moved = size + (M * K + M * N) * x.element_size()
+        yield {"N": N, "K": K, "M": M, "bytes": moved, "floor": moved / rate} | medians(graphs, options.rounds)
     torch.compiler.reset()
 
 
@@ -277,11 +230,8 @@ def main() -> None:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     if (reason := linear.usable()) is not None:
         raise SystemExit(reason)
-    import triton
-
     rate = copy_rate()
-    document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    document |= {"dtype": options.dtype, "zeros": options.zeros, "group_size": options.group}
+    document = about() | {"dtype": options.dtype, "zeros": options.zeros, "group_size": options.group}
     print("# " + ", ".join(f"{key} {value}" for key, value in document.items()))
     print(f"# copied {rate / 1e12:.2f} TB/s; microseconds")
     print(f"{'N':>6} {'K':>6} {'M':>5} " + "".join(f"{name:>10}" for name in ("floor", *options.ways)))

@@ -55,7 +55,7 @@ class Experts(nn.Module):
 
     def dequantise(self, codes: Tensor, scales: Tensor) -> Tensor:
         """[.., N, K] in bfloat16."""
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
         q = ((codes.unsqueeze(-1) >> shifts) & 15).flatten(-2) - 8
         return (q.unflatten(-1, (-1, self.group)) * scales.unsqueeze(-1)).flatten(-2)
 
