@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ pack, unpack, layout = planes.pack, planes.unpack, planes.layout
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
-    # Triton launches on the current device, whatever the tensors'.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         return _run(x, packed, bias, N, group_size)
 
 
@@ -128,9 +128,14 @@ def float_zeros(packed: Packed) -> bool:
     return packed.zeros is not None and packed.zeros.dtype != torch.int16
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def may_round(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of the
-    activations' dtype is taken as it is."""
+    """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of
+    the activations' dtype is taken as it is."""
     return not float_zeros(packed) and packed.scales.dtype == dtype
 
 
