@@ -80,8 +80,24 @@ def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
     return canonical.of_experts(E, planes.layout(packed, N, K, group_size))
 
 
-@linear.on_its_device
 def run(
+    x: Tensor,
+    routing: Routing,
+    w13: Packed,
+    w2: Packed,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    mlp: Mlp,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+) -> Tensor:
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    with linear.on_device_of(x):
+        return _run(x, routing, w13, w2, w13_bias, w2_bias, mlp, intermediate_size, group_sizes)
+
+
+def _run(
     x: Tensor,
     routing: Routing,
     w13: Packed,
@@ -100,8 +116,6 @@ def run(
     k = routing.topk_ids.shape[1]
     pairs, device = T * k, x.device
     out = torch.empty_like(x)
-    if T == 0:
-        return out
     ids, weights = routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
     up, down = tuning.moe(pairs, E, H, I, linear.arch_of(device))
     BM, pairwise = up.BM, up.PAIRWISE

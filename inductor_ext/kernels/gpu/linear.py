@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from inductor_ext.kernels import Packed, Problem
 from inductor_ext.kernels.gpu import planes, tuning
 
 NAME = "triton"
-
-P = ParamSpec("P")
 
 _FLOATS = (torch.float16, torch.bfloat16)
 
@@ -47,19 +45,12 @@ def reject(problem: Problem) -> str | None:
 pack, unpack, layout = planes.pack, planes.unpack, planes.layout
 
 
-def on_its_device(run: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
-    """``run`` on the device of its first argument: Triton launches on the current one, whatever the tensors'."""
-
-    @functools.wraps(run)
-    def there(x: Tensor, /, *args: P.args, **named: P.kwargs) -> Tensor:
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            return run(x, *args, **named)
-
-    return there
-
-
-@on_its_device
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
+    with on_device_of(x):
+        return _run(x, packed, bias, N, group_size)
+
+
+def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
     if packed.order is not None:
         x = x.index_select(1, packed.order)
     M, K = x.shape
@@ -135,6 +126,11 @@ def dequantise(packed: Packed, N: int, K: int, group_size: int, dtype: torch.dty
 
 def float_zeros(packed: Packed) -> bool:
     return packed.zeros is not None and packed.zeros.dtype != torch.int16
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def may_round(packed: Packed, dtype: torch.dtype) -> bool:

@@ -61,7 +61,7 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
             64, BM, width, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4
         )
     tiles = -(-N // 64) * -(-M // 128)
-    if tiles >= 2 * processors and -(-N // 64) % 2 == 0:
+    if (tiles >= 2 * processors or arch not in _ROOMY) and -(-N // 64) % 2 == 0:
         return Config(128, 128, 32, WIDE=True, SPLITS=1, BY_SUMS=False, ROUNDED=True, STAGES=3, num_warps=8)
     splits = _splits(tiles, steps, 2.25 * processors)
     # A short run of steps does without the third stage, and three programs share a processor.
