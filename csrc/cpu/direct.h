@@ -6,7 +6,8 @@
 namespace w4a16_cpu {
 namespace {
 
-constexpr int64_t kUnit = 16;  // rows of the weight: what a thread takes at a time
+constexpr int64_t kUnit = 16;           // rows of the weight: what a thread takes at a time
+constexpr int64_t kAhead = 2048;        // words that are fetched before they are read, or a unit if that is more
 
 // How the groups lie in the steps. Either a step lies in one group, or each lane looks its group up among the step's
 // `per_step` ones. Groups that fit neither way are spread out, one scale a word.
@@ -56,11 +57,14 @@ struct UnitGroups {
   }
 };
 
-// sums[m * kUnit + r] of MB rows of x and NR rows of the weight.
+// sums[m * kUnit + r] of MB rows of x and NR rows of the weight. `ahead` words from each lies what is to be fetched next.
+//
+// The loop is bound by vector instructions, and integers that do not fit the registers are kept in vector ones. Hence one
+// `ahead` for all rows, and offsets that go up by a constant.
 template <class P, int MB, int NR, bool Uniform>
-void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, const float* scale, const float* zero,
+void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64_t ahead, const float* scale, const float* zero,
                  const uint32_t* const* x, float* sums) {
-  const int64_t words = grouping.words, stored = grouping.stored;
+  const int64_t words = grouping.words, stored = grouping.stored, per_step = grouping.per_step;
   const auto lane_group = P::load_words(grouping.lane_group);
   typename P::F acc[MB][NR];
 #pragma GCC unroll 8
@@ -68,47 +72,49 @@ void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, const
 #pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) acc[m][r] = P::zero();
 
-  int64_t g = 0, left = grouping.steps_per_group;
-  for (int64_t step = 0; step < grouping.steps; ++step) {
-    typename P::I word[NR];
+  for (int64_t first = 0; first < words; scale += per_step, zero += per_step) {
     typename P::Z z[NR];
-    const int64_t first = step * P::L, count = smaller(P::L, words - first);
-#pragma GCC unroll 8
-    for (int r = 0; r < NR; ++r) {
-      if (__builtin_expect(count == P::L, 1)) {
-        word[r] = P::load_words(codes[r] + first);
-        prefetch(codes[kUnit + r] + first);
-      } else {
-        alignas(64) int32_t tail[P::L] = {};
-        memcpy(tail, codes[r] + first, count * 4);
-        word[r] = P::load_words(tail);
-      }
-      const float* zr = zero + r * stored + g;
-      z[r] = Uniform ? P::zero_uniform(zr) : P::zero_lanes(P::permute(P::load(zr), lane_group));
-    }
     typename P::F sum[MB][NR];
 #pragma GCC unroll 8
-    for (int u = 0; u < P::kUnits; ++u) {
-      typename P::W w[NR];
+    for (int r = 0; r < NR; ++r) {
+      const float* zr = zero + r * stored;
+      z[r] = Uniform ? P::zero_uniform(zr) : P::zero_lanes(P::permute(P::load(zr), lane_group));
 #pragma GCC unroll 8
-      for (int r = 0; r < NR; ++r) w[r] = P::template decode<Uniform>(word[r], u, z[r]);
+      for (int m = 0; m < MB; ++m) sum[m][r] = P::zero();
+    }
+    const int64_t end = first + (Uniform ? grouping.group_words : P::L);
+    for (; first < end; first += P::L) {
+      typename P::I word[NR];
 #pragma GCC unroll 8
-      for (int m = 0; m < MB; ++m) {
-        const typename P::W xv = P::load_unit(x[m] + (step * P::kUnits + u) * P::L);
+      for (int r = 0; r < NR; ++r) {
+        if (Uniform || __builtin_expect(words - first >= P::L, 1)) {
+          word[r] = P::load_words(codes[r] + first);
+          prefetch(codes[r] + (first + ahead));
+        } else {
+          alignas(64) int32_t tail[P::L] = {};
+          memcpy(tail, codes[r] + first, (words - first) * 4);
+          word[r] = P::load_words(tail);
+        }
+      }
 #pragma GCC unroll 8
-        for (int r = 0; r < NR; ++r) sum[m][r] = u == 0 ? P::first(w[r], xv) : P::mac(sum[m][r], w[r], xv);
+      for (int u = 0; u < P::kUnits; ++u) {
+        typename P::W w[NR];
+#pragma GCC unroll 8
+        for (int r = 0; r < NR; ++r) w[r] = P::template decode<Uniform>(word[r], u, z[r]);
+#pragma GCC unroll 8
+        for (int m = 0; m < MB; ++m) {
+          const typename P::W xv = P::load_unit(x[m] + first * P::kUnits + u * P::L);
+#pragma GCC unroll 8
+          for (int r = 0; r < NR; ++r) sum[m][r] = P::mac(sum[m][r], w[r], xv);
+        }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) {
-      const float* sr = scale + r * stored + g;
+      const float* sr = scale + r * stored;
       const typename P::F s = Uniform ? P::set1(*sr) : P::permute(P::load(sr), lane_group);
 #pragma GCC unroll 8
       for (int m = 0; m < MB; ++m) acc[m][r] = P::fma(sum[m][r], s, acc[m][r]);
-    }
-    if (--left == 0) {
-      g += grouping.per_step;
-      left = grouping.steps_per_group;
     }
   }
 #pragma GCC unroll 8
@@ -127,7 +133,7 @@ void direct_unit(int64_t rows, const Grouping<P>& grouping, const int32_t* const
   constexpr int NR = P::direct_columns(MB);
   for (int64_t i = 0; i < kUnit; i += NR) {
     const int64_t g = i * grouping.stored;
-    direct_tile<P, MB, NR, Uniform>(grouping, codes + i, scale + g, zero + g, x, sums + i);
+    direct_tile<P, MB, NR, Uniform>(grouping, codes + i, codes[kUnit + i] - codes[i], scale + g, zero + g, x, sums + i);
   }
 }
 
@@ -147,23 +153,21 @@ void multiply_direct(const Task* tasks, int64_t count, const Sink& sink) {
   queue.run([&] {
     UnitGroups<P> groups(grouping);
     Buffer<float> sums(P::kPanelFrom * kUnit);
-    const int32_t* codes[2 * kUnit];  // and those of the next unit, to be fetched
-    for (int64_t i, end; queue.take(i, end);) {
-      for (; i < end; ++i) {
-        const Task& task = tasks[i / units];
-        const Tile tile{task.weight, i % units * kUnit, kUnit};
-        const int64_t next = smaller(i + 1, end - 1);
-        const Tile next_tile{tasks[next / units].weight, next % units * kUnit, kUnit};
-        for (int64_t r = 0; r < kUnit; ++r) {
-          codes[r] = tile.weight.codes + tile.row(r) * words;
-          codes[kUnit + r] = next_tile.weight.codes + next_tile.row(r) * words;
-        }
-        groups.load(tile);
-        const Blocks blocks(task.count, P::kDirectRows);
-        for (int64_t b = 0, m = 0; b < blocks.count(); ++b, m += blocks.block)
-          unit(blocks.size(b), grouping, codes, groups.scale, groups.zero, task.x + m, sums + m * kUnit);
-        sink(task, tile, 0, task.count, sums, kUnit);
+    const int32_t* codes[2 * kUnit];  // and those of a later unit, to be fetched
+    for (Items items(queue, div_up(kAhead, kUnit * words)); items.any(); items.advance()) {
+      const int64_t i = items.now(), later = items.later();
+      const Task& task = tasks[i / units];
+      const Tile tile{task.weight, i % units * kUnit, kUnit};
+      const Tile later_tile{tasks[later / units].weight, later % units * kUnit, kUnit};
+      for (int64_t r = 0; r < kUnit; ++r) {
+        codes[r] = tile.weight.codes + tile.row(r) * words;
+        codes[kUnit + r] = later_tile.weight.codes + later_tile.row(r) * words;
       }
+      groups.load(tile);
+      const Blocks blocks(task.count, P::kDirectRows);
+      for (int64_t b = 0, m = 0; b < blocks.count(); ++b, m += blocks.block)
+        unit(blocks.size(b), grouping, codes, groups.scale, groups.zero, task.x + m, sums + m * kUnit);
+      sink(task, tile, 0, task.count, sums, kUnit);
     }
   });
 }

@@ -79,6 +79,32 @@ class Queue {
   int64_t items_, workers_, chunk_, next_ = 0;
 };
 
+// The items that one thread takes from a queue, and those that it will take after the present one: what is to be fetched.
+class Items {
+ public:
+  Items(Queue& queue, int64_t ahead) : queue_(queue), ahead_(smaller(ahead, kMost)) {
+    for (int64_t i = 0; i <= ahead_; ++i) coming_[i] = one();
+  }
+  bool any() const { return coming_[0] >= 0; }
+  int64_t now() const { return coming_[0]; }
+  // The last one that is known, at most `ahead` items from now.
+  int64_t later() const {
+    int64_t i = ahead_;
+    while (coming_[i] < 0) --i;
+    return coming_[i];
+  }
+  void advance() {
+    for (int64_t i = 0; i < ahead_; ++i) coming_[i] = coming_[i + 1];
+    coming_[ahead_] = one();
+  }
+
+ private:
+  static constexpr int64_t kMost = 8;
+  int64_t one() { return begin_ < end_ || queue_.take(begin_, end_) ? begin_++ : -1; }
+  Queue& queue_;
+  int64_t ahead_, begin_ = 0, end_ = 0, coming_[kMost + 1];
+};
+
 template <class P>
 typename P::F load_as_float(const void* p, Dtype dtype) {
   switch (dtype) {
@@ -121,12 +147,12 @@ struct Tile {
 
   int64_t row(int64_t column) const {
     if (weight.partner == 0) return smaller(n0 + column, weight.N - 1);
-    return n0 / 2 + column % (columns / 2) + (column < columns / 2 ? 0 : weight.partner);
+    return n0 / 2 + column + (column < columns / 2 ? 0 : weight.partner - columns / 2);
   }
   // How many columns from this one on lie one after the other in memory.
   int64_t run(int64_t column) const {
     if (weight.partner == 0) return larger(1, smaller(columns - column, weight.N - n0 - column));
-    return columns / 2 - column % (columns / 2);
+    return columns / (column < columns / 2 ? 2 : 1) - column;
   }
   int64_t stored() const { return smaller(columns, weight.N - n0); }
 };

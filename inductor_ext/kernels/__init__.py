@@ -189,6 +189,9 @@ class MoeKernel(Protocol):
     """The functions that a kernel module for routed experts has."""
 
     NAME: str
+    CHECKS_WEIGHTS: bool
+    """run itself raises RuntimeError for weights and biases that are not as they must be. The op leaves it to it: in
+    Python, at every call, the check takes a noticeable part of a call with one token."""
 
     def usable(self) -> str | None:
         """As Kernel.usable."""

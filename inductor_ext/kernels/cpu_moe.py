@@ -12,6 +12,7 @@ from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, 
 from inductor_ext.kernels.rows import rows
 
 NAME = "cpu"
+CHECKS_WEIGHTS = True
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,9 +57,11 @@ def run(
 ) -> Tensor:
     if (reason := usable()) is not None:
         raise RuntimeError(reason)
+    if w2.qweight.dim() != 3 or w2.qweight.shape[2] * 8 != intermediate_size:  # all else about them C++ checks
+        raise RuntimeError(f"w2 must have {intermediate_size} columns, its codes are {list(w2.qweight.shape)}.")
     # Ids without a map are checked and narrowed in C++.
     mapped = routing.expert_map is not None
-    y: Tensor = torch.ops.w4a16_cpu.moe(
+    y: Tensor = torch.ops.w4a16_cpu.moe.default(
         x,
         routing.topk_weights.float().contiguous(),
         rows(routing, w13.qweight.shape[0]) if mapped else routing.topk_ids.contiguous(),

@@ -21,6 +21,7 @@ from inductor_ext.kernels.rows import rows
 from inductor_ext.ops.align import moe_align_block_size
 
 NAME = "reference"
+CHECKS_WEIGHTS = False
 
 _MOST_ROWS = 256
 """Of one block: its float32 intermediates stay at a few MB."""

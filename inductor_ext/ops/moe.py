@@ -93,12 +93,16 @@ def _require(ok: Any, message: Callable[[], str]) -> None:
         torch._check(ok, lambda: f"w4a16::moe: {message()}")
 
 
-def _check(x: Tensor, call: _Call) -> None:
-    """Every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed."""
+def _check(x: Tensor, call: _Call, weights: bool = True) -> None:
+    """Every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed.
+
+    ``weights=False`` leaves out codes, scales, zeros and biases.
+    """
     _check_numbers(call)
     _tokens("x", x, _DTYPES, x)
-    _check_weights(call, x)
-    E, H = call.w13_qweight.shape[0], x.shape[1]
+    _check_experts(call)
+    if weights:
+        _check_weights(call, x)
     _tokens("topk_weights", call.topk_weights, _DTYPES, x)
     _tokens("topk_ids", call.topk_ids, (torch.int32, torch.int64), x)
     k = call.topk_ids.shape[1]
@@ -107,9 +111,6 @@ def _check(x: Tensor, call: _Call) -> None:
         call.topk_weights.shape[1] == k,
         lambda: f"topk_weights must be [T, {k}] as topk_ids, it is {_of(call.topk_weights)}.",
     )
-    for name, bias, rows in (("w13_bias", call.w13_bias, _rows13(call)), ("w2_bias", call.w2_bias, H)):
-        if bias is not None:
-            _tensor(name, bias, (E, rows), tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
     if call.expert_map is not None:
         _tensor("expert_map", call.expert_map, (_ids(call),), (torch.int32,), x.device)
 
@@ -133,23 +134,30 @@ def _check_numbers(call: _Call) -> None:
     _require(math.isfinite(call.routed_scaling), lambda: f"routed_scaling must be finite, it is {call.routed_scaling}.")
 
 
-def _check_weights(call: _Call, x: Tensor) -> None:
-    """The weights, in the layout of the kernel, for tokens of x's size."""
+def _check_experts(call: _Call) -> None:
+    """How many there are, and how large."""
     _require(
         call.w13_qweight.dim() >= 1 and call.w13_qweight.shape[0] >= 1,
         lambda: f"w13_qweight must begin with E >= 1 experts, it is {_of(call.w13_qweight)}.",
     )
-    E, H, I = call.w13_qweight.shape[0], x.shape[1], call.intermediate_size  # noqa: E741
+    E, I, known = call.w13_qweight.shape[0], call.intermediate_size, call.global_num_experts  # noqa: E741
     _require(I >= 8 and I % 8 == 0, lambda: f"intermediate_size must be a positive multiple of 8, it is {I}.")
-    _check_packed("w13", call.w13, call.kernel, E, _rows13(call), H, call.w13_group_size, x)
-    _check_packed("w2", call.w2, call.kernel, E, H, I, call.w2_group_size, x)
-    known = call.global_num_experts
     if call.expert_map is None:
         _require(
             known in (-1, E), lambda: f"global_num_experts must be -1 or {E} without an expert_map, it is {known}."
         )
     else:
         _require(known == -1 or known >= 1, lambda: f"global_num_experts must be -1 or positive, it is {known}.")
+
+
+def _check_weights(call: _Call, x: Tensor) -> None:
+    """Codes, scales and zeros in the layout of the kernel, and biases, for tokens of x's size."""
+    E, H, I = call.w13_qweight.shape[0], x.shape[1], call.intermediate_size  # noqa: E741
+    _check_packed("w13", call.w13, call.kernel, E, _rows13(call), H, call.w13_group_size, x)
+    _check_packed("w2", call.w2, call.kernel, E, H, I, call.w2_group_size, x)
+    for name, bias, rows in (("w13_bias", call.w13_bias, _rows13(call)), ("w2_bias", call.w2_bias, H)):
+        if bias is not None:
+            _tensor(name, bias, (E, rows), tuple(dict.fromkeys((x.dtype, torch.float32))), x.device)
 
 
 def _check_packed(name: str, packed: Packed, kernel: str, E: int, N: int, K: int, group_size: int, x: Tensor) -> None:
@@ -223,18 +231,23 @@ def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _moe(x: Tensor, *rest: Any) -> Tensor:
     call = _Call(*rest)
-    _check(x, call)
-    return kernels.load_moe(call.kernel).run(
-        x.contiguous(),
-        _routing(call),
-        call.w13,
-        call.w2,
-        call.w13_bias,
-        call.w2_bias,
-        call.mlp,
-        call.intermediate_size,
-        (call.w13_group_size, call.w2_group_size),
-    )
+    kernel = kernels.load_moe(call.kernel)
+    _check(x, call, weights=not kernel.CHECKS_WEIGHTS)
+    try:
+        return kernel.run(
+            x.contiguous(),
+            _routing(call),
+            call.w13,
+            call.w2,
+            call.w13_bias,
+            call.w2_bias,
+            call.mlp,
+            call.intermediate_size,
+            (call.w13_group_size, call.w2_group_size),
+        )
+    except RuntimeError:
+        _check(x, call)  # says in the op's words what the kernel has met, if it is that
+        raise
 
 
 def _routing(call: _Call) -> Routing:
