@@ -115,7 +115,7 @@ class Dense(NamedTuple):
 def routes(ids: Tensor, E: int) -> tuple[Tensor, Tensor]:
     """Which pairs come first, and where the experts' runs end."""
     ordered, order = torch.sort(ids.reshape(-1))
-    return order, torch.histc(ordered.float(), bins=E, min=0, max=E - 1).cumsum(0, dtype=torch.int32)
+    return order, torch.searchsorted(ordered, torch.arange(E, device=ids.device), right=True, out_int32=True)
 
 
 def grouped_mm(shape: Shape, dense: Dense) -> Way:

@@ -186,7 +186,8 @@ class Proposals:
     def _top_k(self, ids: fx.Node, x: fx.Node) -> int | None:
         shape, rows = meta(ids).shape, math.prod(meta(x).shape[:-1])
         if shape and isinstance(shape[-1], int) and _same(math.prod(shape[:-1]), rows):
-            return int(shape[-1])
+            # With one token any vector of integers has the shape, positions in a cache too.
+            return int(shape[-1]) if shape[-1] <= self.down.experts else None
         return 1 if len(shape) < meta(x).dim() and _same(math.prod(shape), rows) else None
 
     def _weights(self, behind: set[fx.Node], x: fx.Node, ids: fx.Node) -> Iterator[fx.Node]:

@@ -73,7 +73,7 @@ def test_every_group_size_in_every_variant(
 ) -> None:
     monkeypatch.setattr(tuning, "moe", lambda *given: VARIANTS[variant])
     T = 1 if VARIANTS[variant][0].PAIRWISE else 5
-    for H, I, G in ((256, 32, (32, 32)), (64, 320, (64, 64)), (384, 24, (128, 24)), (72, 512, (72, 256))):  # noqa: E741
+    for H, I, G in ((256, 32, (32, 32)), (64, 320, (64, 64)), (384, 88, (128, 88)), (72, 512, (72, 256))):  # noqa: E741
         experts = made(E=2, H=H, I=I, G=G, zeros=zeros, dtype=dtype)
         right(experts, *experts.routed(T))
 

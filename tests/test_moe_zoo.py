@@ -155,6 +155,20 @@ def test_one_graph_serves_other_experts(without_inductor: None) -> None:
         assert distance(run(module, *given), module.expected(*given)) <= OWED[torch.float32]
 
 
+def test_other_integers_are_not_taken_for_ids(without_inductor: None) -> None:
+    """With one token a vector of any length may be its ids by its shape: the positions of a static cache are not."""
+    (case,) = (case for case in POSITIVES if case.name == "gather, bmm, as transformers")
+    module = case.make(torch.float32)
+
+    def layer(positions: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return module(x, ids, weights * (positions >= 0).to(weights.dtype).mean())
+
+    run = torch.compile(layer, backend="w4a16", fullgraph=True, options={"w4a16.strict": True})
+    given = inputs(case, torch.float32, 1)
+    y = run(torch.arange(512), *given)
+    assert distance(y, module.expected(*given)) <= OWED[torch.float32]
+
+
 # -- through Inductor, and ATen graphs ---------------------------------------------------------------------------------
 
 

@@ -14,8 +14,8 @@ import triton.language as tl
 def expert_of(ids, pair, known, expert_map, NUMBER, E):
     """The row of the weights that a pair's id stands for; -1 for nobody, for an id that there is not, and where not
     ``known``."""
-    e = tl.load(ids + pair, mask=known, other=-1).to(tl.int32)
-    e = tl.where((e >= 0) & (e < NUMBER), e, -1)
+    e = tl.load(ids + pair, mask=known, other=-1)
+    e = tl.where((e >= 0) & (e < NUMBER), e, -1).to(tl.int32)  # not before: an id beyond 32 bits would come out as one
     if expert_map is not None:
         e = tl.load(expert_map + e, mask=e >= 0, other=-1)
         e = tl.where((e >= 0) & (e < E), e, -1)
