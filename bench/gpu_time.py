@@ -61,14 +61,14 @@ def medians(ways: dict[str, Recorded], rounds: int) -> dict[str, float]:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of copying 1 GiB; and the clocks are up after it."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device=DEVICE)
+    """Bytes a second, read and written, of 1 GiB that goes through a kernel; and the clocks are up after it."""
+    source = torch.zeros(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
-    copy = recorded([lambda: target.copy_(source)])
+    copy = recorded([lambda: torch.neg(source, out=target)])  # a copy would be the copy engine's, which is slower
     until = time.monotonic() + 1
     while time.monotonic() < until:
         seconds(copy)
-    return 2 * source.numel() / statistics.median(seconds(copy) for _ in range(9))
+    return 2 * source.nbytes / statistics.median(seconds(copy) for _ in range(9))
 
 
 def about() -> dict[str, str]:
