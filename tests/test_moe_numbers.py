@@ -91,9 +91,10 @@ def test_sizes_that_fill_no_tile(gate_up: str, T: int) -> None:
 def test_scales_weights_ids_and_biases_may_have_a_dtype_of_their_own(
     scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
-    experts = made(dtype=dtype, scale_dtype=scale_dtype, zeros="float", bias=True)
-    experts.tensors["w2_bias"] = experts.tensors["w2_bias"].float()
-    for T in (3, 12):
+    """Zeros too: integers lie in pairs of groups, whatever the scales do."""
+    for zeros, T in (("float", 3), ("float", 12), ("int", 3), ("int", 12)):
+        experts = made(H=256, G=(64, 32), dtype=dtype, scale_dtype=scale_dtype, zeros=zeros, bias=True)
+        experts.tensors["w2_bias"] = experts.tensors["w2_bias"].float()
         x, weights, ids = experts.routed(T)
         right(experts, x, weights.to(scale_dtype), ids.int())
 

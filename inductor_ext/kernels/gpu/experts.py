@@ -165,10 +165,10 @@ def _tensors(packed: Packed) -> tuple[Tensor | None, ...]:
     )
 
 
-def _sizes(packed: Packed) -> tuple[int, int, int]:
-    """ROWS, STEPS and how many rows of 32-bit words an expert's scales have."""
+def _sizes(packed: Packed) -> tuple[int, int, int, int]:
+    """ROWS, STEPS, and how many rows of 32-bit words an expert's scales and zeros have."""
     _, down, across, _ = packed.qweight.shape
-    return down * planes.ROWS, across, packed.scales.shape[1]
+    return down * planes.ROWS, across, packed.scales.shape[1], 0 if packed.zeros is None else packed.zeros.shape[1]
 
 
 def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, x: Tensor) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM: tl.conste
 @triton.jit
 def up_kernel(
     x, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, h,
-    NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, PAIRS_OF_GROUPS, alpha, limit,
+    NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, alpha, limit,
     GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, ON_INPUT: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
@@ -54,8 +54,8 @@ def up_kernel(
         acc = accumulate(
             tl.zeros((BN, BM), tl.float32),
             row_pointers(w + e * ROWS * STEPS * 64, row, STEPS, WIDTH),
-            scales + e * PAIRS_OF_GROUPS * ROWS,
-            None if ZEROS == "none" else zeros + e * PAIRS_OF_GROUPS * ROWS,
+            scales + e * SCALE_ROWS * ROWS,
+            None if ZEROS == "none" else zeros + e * ZERO_ROWS * ROWS,
             row, ROWS,
             x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * HIDDEN, is_row[None, :],
             HIDDEN, 0, STEPS,
@@ -101,7 +101,7 @@ def _activated(g, ACTIVATION: tl.constexpr):
 @triton.jit
 def down_kernel(
     h, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, y, out, arrived,
-    NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, PAIRS_OF_GROUPS, scaling,
+    NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, scaling,
     ON_INPUT: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
@@ -116,8 +116,8 @@ def down_kernel(
         acc = accumulate(
             tl.zeros((BN, BM), tl.float32),
             row_pointers(w + e * ROWS * STEPS * 64, n, STEPS, WIDTH),
-            scales + e * PAIRS_OF_GROUPS * ROWS,
-            None if ZEROS == "none" else zeros + e * PAIRS_OF_GROUPS * ROWS,
+            scales + e * SCALE_ROWS * ROWS,
+            None if ZEROS == "none" else zeros + e * ZERO_ROWS * ROWS,
             n, ROWS,
             h + tl.maximum(pair, 0).to(tl.int64)[None, :] * INNER, is_row[None, :],
             INNER, 0, STEPS,
