@@ -121,6 +121,8 @@ def where(node: fx.Node) -> str:
         # Dynamo names a module by the variable that holds it. A local one (self) says nothing; a global one (net) is
         # where to look.
         scope, root, rest = named.groups()
+        if scope == "L" and root == "args":  # of a wrapper: the model is one of the arguments, as in transformers 5.24
+            rest = re.sub(r"^\[\d+\](?=.)", "", rest)
         path = rest if scope == "L" and rest else root + rest
     path = re.sub(r"\.?(_modules)?\[['\"]?([^\]'\"]*)['\"]?\]", r".\2", path).strip(".")
     return path or node.name
