@@ -15,7 +15,7 @@ import torch
 from models import SPELLINGS, CompressedTensors, Packed, chain
 from torch import Tensor, fx
 
-from inductor_ext import backend, examine
+from inductor_ext import backend, verdicts
 
 pytestmark = pytest.mark.alone
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.alone
 def nothing_known_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No graph compiled, no structure recognised; and the rewritten graph is not compiled by Inductor."""
     torch.compiler.reset()
-    monkeypatch.setattr(examine, "_VERDICTS", {})
+    monkeypatch.setattr(verdicts, "_VERDICTS", {})
 
     def as_it_is(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Any:
         return gm.forward
@@ -61,7 +61,7 @@ def test_a_large_layer(spelling: type[Packed], monkeypatch: pytest.MonkeyPatch) 
     layer = spelling(4096, 4096, group=128, dtype=torch.bfloat16)
     first, second = [], []
     for _ in range(2):
-        monkeypatch.setattr(examine, "_VERDICTS", {})
+        monkeypatch.setattr(verdicts, "_VERDICTS", {})
         for buffers in range(3):
             for name, buffer in list(layer.named_buffers()):  # new tensors: nothing is known of these
                 setattr(layer, name, buffer.clone())
