@@ -23,6 +23,11 @@ PROBLEM = Problem("linear", "cuda", "sm_90", torch.bfloat16, torch.float16, 4096
     [
         ({"op": "moe"}, "The kernel computes linear, not moe."),
         ({"device": "cpu"}, "The kernel runs on NVIDIA and AMD GPUs, not on cpu."),
+        ({"arch": "sm_75"}, "The kernels need sm_80 or newer, for its bfloat16 instructions; this is sm_75."),
+        (
+            {"arch": "gfx1030"},
+            "The kernels need matrix instructions that gfx1030 does not have: CDNA 2, RDNA 3 or newer.",
+        ),
         ({"dtype": torch.float32}, "The activations must be float16 or bfloat16, not torch.float32."),
         ({"scale_dtype": torch.float64}, "The scales must be float16, bfloat16 or float32, not torch.float64."),
         ({"group_size": 48, "K": 480}, "The group size must be 32, 64, a multiple of 128, or K=480; it is 48."),

@@ -32,6 +32,7 @@ PROBLEM = MoeProblem(
     ("changed", "reason"),
     [
         ({"op": "linear"}, "The kernel computes moe, not linear."),
+        ({"arch": "sm_75"}, "The kernels need sm_80 or newer, for its bfloat16 instructions; this is sm_75."),
         ({"device": "cpu"}, "The kernel runs on NVIDIA and AMD GPUs, not on cpu."),
         ({"dtype": torch.float32}, "The activations must be float16 or bfloat16, not torch.float32."),
         (

@@ -24,6 +24,8 @@ def reject(problem: MoeProblem) -> str | None:
         return f"The kernel computes moe, not {problem.op}."
     if problem.device != "cuda":
         return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
+    if (reason := tuning.why_not_on(problem.arch)) is not None:
+        return reason
     if problem.dtype not in _FLOATS:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
     for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):

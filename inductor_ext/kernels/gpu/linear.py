@@ -35,6 +35,8 @@ def reject(problem: Problem) -> str | None:
         return f"The kernel computes linear, not {problem.op}."
     if problem.device != "cuda":
         return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
+    if (reason := tuning.why_not_on(problem.arch)) is not None:
+        return reason
     if problem.dtype not in _FLOATS:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
     if problem.scale_dtype not in planes.SCALES:

@@ -32,6 +32,15 @@ def is_amd(arch: str) -> bool:
     return arch.startswith("gfx")
 
 
+def why_not_on(arch: str) -> str | None:
+    """Why the kernels do not run on an architecture, as a sentence; None if they do."""
+    if arch.startswith("sm_") and int(arch[3:]) < 80:
+        return f"The kernels need sm_80 or newer, for its bfloat16 instructions; this is {arch}."
+    if is_amd(arch) and not arch.startswith(("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")):
+        return f"The kernels need matrix instructions that {arch} does not have: CDNA 2, RDNA 3 or newer."
+    return None
+
+
 def dense_from(arch: str, float_zeros: bool) -> int:
     """From how many rows on dequantising once and a dense matmul is faster. Zeros that are no integers cannot be taken
     off the codes, which costs the fused kernel another matmul."""
