@@ -11,9 +11,11 @@ import pytest
 import torch
 from offline import TARGETS
 
+import inductor_ext.ops  # noqa: F401  registers the ops
 from inductor_ext import oracle
+from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Problem
-from inductor_ext.kernels.gpu import linear, tuning
+from inductor_ext.kernels.gpu import experts, linear, tuning
 
 PROBLEM = Problem("linear", "cuda", "sm_90", torch.bfloat16, torch.float16, 4096, 4096, 128, "int", True, True)
 
@@ -43,6 +45,31 @@ def test_what_it_cannot_do_is_a_sentence(changed: dict[str, Any], reason: str) -
 @pytest.mark.parametrize("arch", TARGETS)
 def test_what_it_can_do(arch: str, changed: dict[str, Any]) -> None:
     assert linear.reject(replace(PROBLEM, arch=arch, **changed)) is None
+
+
+def codes_and_scales(K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 64 rows in one group."""
+    return torch.zeros(64, K // 8, dtype=torch.int32), torch.ones(64, 1).half()
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.zeros(2, 256), "The Triton kernels take float16 or bfloat16 activations; x is float32."),
+        (torch.zeros(2, 256).half(), "The Triton kernels run on NVIDIA and AMD GPUs; x is on cpu."),
+    ],
+    ids=["float32", "cpu"],
+)
+def test_an_op_that_is_called_by_hand_says_what_it_cannot_do(x: torch.Tensor, reason: str) -> None:
+    weight = PackedInt4(torch.zeros(64, 32, dtype=torch.int32), torch.ones(64, 2).half())
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.w4a16.linear(x, *linear.pack(weight), None, 64, 128, "triton")
+    w13, w2 = (
+        experts.pack(weight, 1)[:3] for weight in (weight, PackedInt4(*(t.repeat(4, 1) for t in codes_and_scales(32))))
+    )
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=reason):
+        torch.ops.w4a16.moe(x, torch.ones(2, 1), ids, *w13, None, *w2, None, None, 32, 128, 32, kernel="triton")
 
 
 def test_it_comes_before_the_reference_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def run(
     intermediate_size: int,
     group_sizes: tuple[int, int],
 ) -> Tensor:
+    linear.require(x)
     if x.shape[0] == 0:
         return torch.empty_like(x)
     with linear.on_device_of(x):

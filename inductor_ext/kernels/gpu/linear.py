@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,6 +49,7 @@ pack, unpack, layout = planes.pack, planes.unpack, planes.layout
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
+    require(x)
     with on_device_of(x):
         return _run(x, packed, bias, N, group_size)
 
@@ -128,6 +130,24 @@ def dequantise(packed: Packed, N: int, K: int, group_size: int, dtype: torch.dty
 
 def float_zeros(packed: Packed) -> bool:
     return packed.zeros is not None and packed.zeros.dtype != torch.int16
+
+
+def require(x: Tensor) -> None:
+    """The oracle chooses these kernels where they can run; an op may be called with their name by hand, too. Raises
+    RuntimeError."""
+    if x.dtype not in _FLOATS:
+        raise RuntimeError(f"The Triton kernels take float16 or bfloat16 activations; x is {_short(x.dtype)}.")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("Triton's interpreter computes wrong bfloat16 products; x must be float16 there.")
+    elif not x.is_cuda:
+        raise RuntimeError(f"The Triton kernels run on NVIDIA and AMD GPUs; x is on {x.device}.")
+    elif (reason := tuning.why_not_on(arch_of(x.device))) is not None:
+        raise RuntimeError(reason)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
