@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Packed, Problem, canonical
+from inductor_ext.kernels.pages import in_huge_pages
 
 NAME = "cpu"
 
@@ -46,7 +48,12 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-pack, unpack, layout = canonical.pack, canonical.unpack, canonical.layout
+unpack, layout = canonical.unpack, canonical.layout
+
+
+def pack(weight: PackedInt4) -> Packed:
+    in_huge_pages(weight.codes)
+    return canonical.pack(weight)
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
