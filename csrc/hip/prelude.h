@@ -79,6 +79,28 @@ DEVICE void wave_barrier() {
 
 // A value that all lanes of the wave share, in a scalar register.
 DEVICE i32 uniform(i32 value) { return __builtin_amdgcn_readfirstlane(value); }
+DEVICE const char* uniform(const char* address) {
+    const u64 value = reinterpret_cast<u64>(address);
+    return reinterpret_cast<const char*>(u64(u32(uniform(i32(value >> 32)))) << 32 | u32(uniform(i32(value))));
+}
+
+// The same address, which is in scalar registers already: what each lane adds to it stays an offset of 32 bits.
+DEVICE const char* scalar(const char* address) {
+    asm("" : "+s"(address));
+    return address;
+}
+
+// From global memory, at an offset in bytes from an address that all lanes of the wave share: of the address, only the
+// offset takes a register in each lane.
+template <class V>
+DEVICE V load(const char* base, u32 offset) {
+    typedef V __attribute__((may_alias)) Any;
+    using Memory = const char __attribute__((address_space(1)))*;
+    return *reinterpret_cast<const Any __attribute__((address_space(1)))*>((Memory)base + offset);
+}
+
+// The compiler moves no instruction from before to after this, or the other way round.
+DEVICE void stay() { __builtin_amdgcn_sched_barrier(0); }
 
 // The value that the lane with this lane's number xor `mask` holds.
 template <int mask>

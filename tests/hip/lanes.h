@@ -297,6 +297,19 @@ inline i32 uniform(i32 value, int line = __builtin_LINE()) {
     lanes::together(&value, lanes::agree, line);
     return value;
 }
+inline const char* uniform(const char* address, int line = __builtin_LINE()) {
+    const u64 value = reinterpret_cast<u64>(address);
+    uniform(i32(value >> 32), line);
+    uniform(i32(value), line);
+    return address;
+}
+template <class V>
+DEVICE V load(const char* base, u32 offset) {
+    V value;
+    memcpy(&value, base + offset, sizeof value);
+    return value;
+}
+DEVICE const char* scalar(const char* address) { return address; }
 inline u32 shuffle(u32 value, u32 lane, int line = __builtin_LINE()) {
     lanes::Exchange slot{value, lane, 0};
     lanes::together(&slot, lanes::exchange, line);
@@ -316,3 +329,4 @@ inline f32x8 wmma(bf16x16 a, bf16x16 b, f32x8 c, int line = __builtin_LINE()) { 
 
 DEVICE u32 count(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
 DEVICE u32 count_shared(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
+DEVICE void stay() {}
