@@ -23,58 +23,53 @@ struct Epilogue {
     // The first of this lane's columns of the weight; beyond the last one, that is 0: its sums are not used. With gates
     // and ups in halves the first half of the waves has gates, the second the ups to them.
     static DEVICE u32 column(const WmmaArgs& args) {
-        const i32 wave = thread() / WAVE, part = args.gate_up == 1 ? 2 : 1, end = args.N / part, half = wave / (WAVES / part);
+        const i32 wave = thread() / WAVE, part = args.gate_up == SEPARATE ? 2 : 1, end = args.N / part, half = wave / (WAVES / part);
         const i32 n = block_y() * (WIDTH / part) + wave % (WAVES / part) * (COLS * 16) + thread() % 16 * COLS;
         return n < end ? half * end + n : 0;
     }
 
-    DEVICE void store(char* room, const i32* rows, const f32x8 (&sums)[ROWS][COLS]) const {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
+    // One after the other, by the same instructions: sums that wait move up.
+    DEVICE void store(char* room, const i32* rows, f32x8 (&sums)[ROWS][COLS]) const {
+        char* mine = room + thread() % WAVE / 16 * PITCH + thread() / WAVE * (COLS * 64) + thread() % 16 * (COLS * 4);
+#pragma unroll 1
+        for (i32 r = 0; r < ROWS; ++r) {
+            if (r > 0) barrier();
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 vec<float, COLS> line;
 #pragma unroll
-                for (int c = 0; c < COLS; ++c) line[c] = sums[r][c][i];
-                at<vec<float, COLS>>(room, (2 * i + thread() % WAVE / 16) * PITCH + thread() / WAVE * (COLS * 64) +
-                                               thread() % 16 * (COLS * 4)) = line;
+                for (int c = 0; c < COLS; ++c) line[c] = sums[0][c][i];
+                at<vec<float, COLS>>(mine, 2 * i * PITCH) = line;
             }
             barrier();
             write(room, rows + r * 16);
-            barrier();
+#pragma unroll
+            for (int next = 1; next < ROWS; ++next)
+#pragma unroll
+                for (int c = 0; c < COLS; ++c) sums[next - 1][c] = sums[next][c];
         }
     }
 
    private:
-    DEVICE f32x4 biases(i32 column) const {
-        if (args.wide_bias) return load<f32x4>(bias, column * 4);
-        const vec<u16, 4> b = load<vec<u16, 4>>(bias, column * 2);
-        return f32x4{wide<T>(b.x), wide<T>(b.y), wide<T>(b.z), wide<T>(b.w)};
-    }
-
-    // Columns n .. n + 3 of the weight, which are at `place` in LDS.
+    // Four columns of the weight from n on, at `place` in LDS.
     DEVICE f32x4 sums_of(const char* row, i32 place, i32 n) const {
         const f32x4 sum = at<f32x4>(row, place * 4);
-        return bias ? sum + biases(n) : sum;
+        if (!bias) return sum;
+        return sum + (args.wide_bias ? load<f32x4>(bias, n * 4) : wide4<T>(load<u16x4>(bias, n * 2)));
     }
 
-    // Columns n .. n + 3 of the result, at `place` of this block.
+    // Four columns of the result from n on, at `place` of this block.
     DEVICE f32x4 results(const char* row, i32 place, i32 n) const {
-        f32x4 y, gate, up;
-        if (args.gate_up == 1) {
-            gate = sums_of(row, place, n);
-            up = sums_of(row, place + WIDTH / 2, n + across);
-        } else if (args.gate_up == 2) {
-            const f32x4 low = sums_of(row, 2 * place, 2 * n), high = sums_of(row, 2 * place + 4, 2 * n + 4);
+        const i32 apart = args.gate_up == SEPARATE ? WIDTH / 2 : 4, spread = args.gate_up == INTERLEAVED ? 2 : 1;
+        f32x4 gate = sums_of(row, place * spread, n * spread);
+        if (!args.gate_up) return activated(args.activation, gate, args.alpha);
+        f32x4 up = sums_of(row, place * spread + apart, n * spread + (args.gate_up == SEPARATE ? across : 4));
+        if (args.gate_up == INTERLEAVED) {
+            const f32x4 low = gate, high = up;
             gate = f32x4{low.x, low.z, high.x, high.z};
             up = f32x4{low.y, low.w, high.y, high.w};
-        } else {
-            y = sums_of(row, place, n);
-            for (int i = 0; i < 4; ++i) y[i] = activated(args.activation, y[i]);
-            return y;
         }
-        for (int i = 0; i < 4; ++i) y[i] = gated(args.activation, gate[i], up[i], args.alpha, args.limit);
-        return y;
+        return gated(args.activation, gate, up, args.alpha, args.limit);
     }
 
     DEVICE void write(const char* room, const i32* rows) const {
@@ -87,10 +82,9 @@ struct Epilogue {
             if (args.weights) y *= args.weights[row];
             const i64 to = (i64(block_z()) * args.rows_out + row) * across + n;
             if (args.wide_out)
-                at<f32x4>(static_cast<char*>(args.out) + to * 4, 0) = y;
+                reinterpret_cast<f32x4*>(args.out)[to / 4] = y;
             else
-                at<vec<u16, 4>>(static_cast<char*>(args.out) + to * 2, 0) =
-                    vec<u16, 4>{rounded<T>(y.x), rounded<T>(y.y), rounded<T>(y.z), rounded<T>(y.w)};
+                reinterpret_cast<u16x4*>(args.out)[to / 4] = rounded4<T>(y);
         }
     }
 };

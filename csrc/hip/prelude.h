@@ -99,6 +99,10 @@ DEVICE V load(const char* base, u32 offset) {
     return *reinterpret_cast<const Any __attribute__((address_space(1)))*>((Memory)base + offset);
 }
 
+// Says nothing about `offset` to the compiler, once a turn of a loop: it would keep the 64-bit form of an offset that does
+// not change, and add it to the address by hand.
+DEVICE void keep_short(u32& offset) { asm volatile("" : "+v"(offset)); }
+
 // The compiler moves no instruction from before to after this, or the other way round.
 DEVICE void stay() { __builtin_amdgcn_sched_barrier(0); }
 
@@ -117,6 +121,9 @@ DEVICE float shuffle_xor(float value) {
 
 // The value that lane `lane` of the wave holds.
 DEVICE u32 shuffle(u32 value, u32 lane) { return __builtin_amdgcn_ds_bpermute(lane * 4, value); }
+
+// Within one unit in the last place.
+DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
 
 // a.x * b.x + a.y * b.y + c
 DEVICE float dot2(f16x2 a, f16x2 b, float c) { return __builtin_amdgcn_fdot2(a, b, c, false); }

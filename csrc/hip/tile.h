@@ -2,6 +2,9 @@
 #pragma once
 #include "codes.h"
 
+// Columns of a gate and its up: n and n + N/2, or 2 n and 2 n + 1.
+enum GateUp { NO_GATE, SEPARATE, INTERLEAVED };
+
 struct WmmaArgs {
     const void* x;         // [rows, K]
     const void* codes;     // [E, K/8, N], or [E, N, stride]: a word's nibbles 0..7 are k = 0, 2, 4, 6, 1, 3, 5, 7
@@ -17,8 +20,8 @@ struct WmmaArgs {
     i32 per_row;      // rows of `out` that share a row of x
     i32 stages;       // in a split
     i32 zero_offset;  // added to a stored zero
-    i32 gate_up;      // 0: no gate; 1: columns n and n + N/2 are a gate and its up; 2: columns 2 n and 2 n + 1
-    i32 activation;   // see activation.h, 0: none
+    i32 gate_up;      // see GateUp
+    i32 activation;   // see activation.h
     i32 wide_bias;    // it is float32
     i32 wide_out;     // it is float32
     float alpha, limit;

@@ -61,7 +61,12 @@ struct ByWord {
         offset[0] = column * 4;
         offset[1] = (column + args.N) * 4;
     }
-    // The codes of 16 values of k, `fragment` times 16 from here.
+    DEVICE void keep_offsets_short() {
+        keep_short(offset[0]);
+        keep_short(offset[1]);
+        keep_short(column);
+    }
+    // The codes of 16 values of k.
     DEVICE void fetch(const char* from, u32x2 (&words)[COLS]) const {
         using V = vec<u32, COLS>;
         const V low = load<V>(from, offset[0]), high = load<V>(from, offset[1]);
@@ -91,6 +96,12 @@ struct ByRow {
         for (int c = 0; c < COLS; ++c) {
             offset[c] = (first_column + c) * args.stride * 4;
             scale_offset[c] = (first_column + c) * static_cast<u32>(groups) * 2;
+        }
+    }
+    DEVICE void keep_offsets_short() {
+        for (int c = 0; c < COLS; ++c) {
+            keep_short(offset[c]);
+            keep_short(scale_offset[c]);
         }
     }
     DEVICE void fetch(const char* from, u32x2 (&words)[COLS]) const {
@@ -166,7 +177,7 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
     const i32 first_stage = block_z() * args.stages, k = uniform(first_stage * STAGE);
     const i32 stages = uniform(least(args.stages, args.K / STAGE - first_stage));
     const char* x = uniform(address(args.x) + i64(k) * 2);
-    const u32 mine = static_cast<u32>(least(slot, args.rows_out - 1)) / args.per_row * (args.K * 2) + thread() % 4 * 16;
+    u32 mine = static_cast<u32>(least(slot, args.rows_out - 1)) / args.per_row * (args.K * 2) + thread() % 4 * 16;
     Weights weights(args, expert, Out::column(args), k);
 
     char* ring = reinterpret_cast<char*>(room);
@@ -185,6 +196,8 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
     const char* codes = weights.codes;
     for (i32 s = 0; s < stages; ++s) {
         const i32 after = least(s + 1, stages - 1);  // the last stage fetches itself once more
+        keep_short(mine);
+        weights.keep_offsets_short();
         const char *from = codes + weights.step, *next = weights.codes + after * (weights.step * FRAGMENTS);
         stage.fetch(scalar(x + after * (STAGE * 2)), mine);
         const vec<u16, COLS> scale = weights.scale();
