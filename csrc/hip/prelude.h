@@ -103,6 +103,12 @@ DEVICE V load(const char* base, u32 offset) {
 // not change, and add it to the address by hand.
 DEVICE void keep_short(u32& offset) { asm volatile("" : "+v"(offset)); }
 
+// The same value, of which the compiler no longer knows where it comes from.
+DEVICE float opaque(float value) {
+    asm("" : "+v"(value));
+    return value;
+}
+
 // The compiler moves no instruction from before to after this, or the other way round.
 DEVICE void stay() { __builtin_amdgcn_sched_barrier(0); }
 

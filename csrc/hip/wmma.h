@@ -200,7 +200,7 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
         weights.keep_offsets_short();
         const char *from = codes + weights.step, *next = weights.codes + after * (weights.step * FRAGMENTS);
         stage.fetch(scalar(x + after * (STAGE * 2)), mine);
-        const vec<u16, COLS> scale = weights.scale();
+        const vec<u16, COLS> stored = weights.scale();
         const char* read = ring + half * Stages::BYTES;
         f32x8 products[ROWS][COLS];
 #pragma unroll
@@ -222,16 +222,24 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
             weights.fetch(from, words[f % 2]);
             stay();
         }
+        float scale[COLS];
 #pragma unroll
-        for (int c = 0; c < COLS; ++c)
+        for (int c = 0; c < COLS; ++c) scale[c] = opaque(wide<T>(stored[c]));  // float16 in the sums below rules out pairs
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) sums[r][c] += products[r][c] * wide<T>(scale[c]);
+        for (int c = 0; c < COLS; c += 2)
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {  // in pairs that one instruction can do: another scale, another parity
+                    sums[r][c][i] += products[r][c][i] * scale[c];
+                    sums[r][c + 1][i ^ 1] += products[r][c + 1][i ^ 1] * scale[c + 1];
+                }
         if (weights.zeros) {
             const u32 zeros = weights.zero();
 #pragma unroll
             for (int c = 0; c < COLS; ++c) {
                 const i32 zero = static_cast<i32>(zeros >> 4 * c & 15) + args.zero_offset - 8;
-                const float by = wide<T>(scale[c]) * (static_cast<float>(zero) / (Half<T>::BASE + 8));
+                const float by = scale[c] * (static_cast<float>(zero) / (Half<T>::BASE + 8));
 #pragma unroll
                 for (int r = 0; r < ROWS; ++r) sums[r][c] += Stages::start(read, r) * by;
             }
