@@ -47,9 +47,11 @@ need = @$(1) >/dev/null 2>&1 || { echo "$(2)"; exit 1; }
 	$(INSTALL) ".[demo]"
 	touch $@
 
+# The compiler of the AMD kernels comes first: the package is built before what its extras name is installed.
 .venv/test: .venv/torch $(INPUTS)
+	$(BIN)/pip install --quiet $(shell sed -n 's/^ *\("ziglang.*"\),$$/\1/p' pyproject.toml)
 	$(INSTALL) ".[test,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info inductor_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info inductor_ext/*.so inductor_ext/kernels/hip/objects .mypy_cache .pytest_cache .ruff_cache .hypothesis

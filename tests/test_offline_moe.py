@@ -41,6 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             found[name] = Recorder(fn.fn if isinstance(fn, Recorder) else fn)
             monkeypatch.setattr(module, name, found[name])
         monkeypatch.setattr(linear, "arch_of", lambda device: target)
+        monkeypatch.setattr(linear, "require", lambda x: None)
         T = pairs // K
         x = torch.empty(T, H, dtype=dtype, device="meta")
         chosen = Routing(*(torch.empty(T, K, dtype=d, device="meta") for d in (torch.float32, torch.int64)), None, E)

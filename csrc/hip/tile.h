@@ -30,7 +30,17 @@ struct WmmaArgs {
 // A wave has 16 columns times this.
 constexpr int columns_of(int rows) { return rows == 4 ? 2 : 4; }
 
+DEVICE i32 least(i32 a, i32 b) { return a < b ? a : b; }
+
 DEVICE const char* address(const void* p) { return static_cast<const char*>(p); }
+
+// A value in memory, at an offset in bytes from an address that all lanes of the wave share: of the address, only the
+// offset takes a register in each lane.
+template <class V>
+DEVICE V from_memory(const char* base, u32 offset) {
+    typedef const V __attribute__((may_alias, address_space(1))) Any;
+    return *(Any*)((const char __attribute__((address_space(1)))*)base + offset);
+}
 
 // A value in LDS at an offset in bytes.
 template <class V>

@@ -61,20 +61,20 @@ struct ByWord {
         offset[0] = column * 4;
         offset[1] = (column + args.N) * 4;
     }
-    DEVICE void keep_offsets_short() {
-        keep_short(offset[0]);
-        keep_short(offset[1]);
-        keep_short(column);
+    DEVICE void renew() {
+        offset[0] = anew(offset[0]);
+        offset[1] = anew(offset[1]);
+        column = anew(column);
     }
     // The codes of 16 values of k.
     DEVICE void fetch(const char* from, u32x2 (&words)[COLS]) const {
         using V = vec<u32, COLS>;
-        const V low = load<V>(from, offset[0]), high = load<V>(from, offset[1]);
+        const V low = from_memory<V>(from, offset[0]), high = from_memory<V>(from, offset[1]);
 #pragma unroll
         for (int c = 0; c < COLS; ++c) words[c] = u32x2{low[c], high[c]};
     }
-    DEVICE vec<u16, COLS> scale() const { return load<vec<u16, COLS>>(scales, column * 2); }
-    DEVICE u32 zero() const { return load<u32>(zeros, column / 8 * 4) >> column % 8 * 4; }
+    DEVICE vec<u16, COLS> scale() const { return from_memory<vec<u16, COLS>>(scales, column * 2); }
+    DEVICE u32 zero() const { return from_memory<u32>(zeros, column / 8 * 4) >> column % 8 * 4; }
     DEVICE void next_group(const WmmaArgs& args) {
         scales += i64(args.N) * 2;
         if (zeros) zeros += i64(args.N / 8) * 4;
@@ -98,20 +98,20 @@ struct ByRow {
             scale_offset[c] = (first_column + c) * static_cast<u32>(groups) * 2;
         }
     }
-    DEVICE void keep_offsets_short() {
+    DEVICE void renew() {
         for (int c = 0; c < COLS; ++c) {
-            keep_short(offset[c]);
-            keep_short(scale_offset[c]);
+            offset[c] = anew(offset[c]);
+            scale_offset[c] = anew(scale_offset[c]);
         }
     }
     DEVICE void fetch(const char* from, u32x2 (&words)[COLS]) const {
 #pragma unroll
-        for (int c = 0; c < COLS; ++c) words[c] = load<u32x2>(from, offset[c]);
+        for (int c = 0; c < COLS; ++c) words[c] = from_memory<u32x2>(from, offset[c]);
     }
     DEVICE vec<u16, COLS> scale() const {
         vec<u16, COLS> all;
 #pragma unroll
-        for (int c = 0; c < COLS; ++c) all[c] = load<u16>(scales, scale_offset[c]);
+        for (int c = 0; c < COLS; ++c) all[c] = from_memory<u16>(scales, scale_offset[c]);
         return all;
     }
     DEVICE u32 zero() const { return 0; }
@@ -129,7 +129,7 @@ struct Ring {
     // Four threads a row, which all know its sum in the end.
     DEVICE void fetch(const char* x, u32 offset) {
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i) held[i] = load<u32x4>(x, offset + i * 64);
+        for (int i = 0; i < LOADS; ++i) held[i] = from_memory<u32x4>(x, offset + i * 64);
     }
     DEVICE void put(char* half) const {
         const u32 row = thread() / 4, part = thread() % 4;
@@ -156,8 +156,6 @@ struct Ring {
         u32x4 low, high;
     };
 };
-
-DEVICE i32 least(i32 a, i32 b) { return a < b ? a : b; }
 
 template <class T, int ROWS, int STAGE, class Weights>
 DEVICE void multiply_and_store(const WmmaArgs& args) {
@@ -196,8 +194,8 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
     const char* codes = weights.codes;
     for (i32 s = 0; s < stages; ++s) {
         const i32 after = least(s + 1, stages - 1);  // the last stage fetches itself once more
-        keep_short(mine);
-        weights.keep_offsets_short();
+        mine = anew(mine);
+        weights.renew();
         const char *from = codes + weights.step, *next = weights.codes + after * (weights.step * FRAGMENTS);
         stage.fetch(scalar(x + after * (STAGE * 2)), mine);
         const vec<u16, COLS> stored = weights.scale();

@@ -303,17 +303,20 @@ inline const char* uniform(const char* address, int line = __builtin_LINE()) {
     uniform(i32(value), line);
     return address;
 }
-template <class V>
-DEVICE V load(const char* base, u32 offset) {
-    V value;
-    memcpy(&value, base + offset, sizeof value);
-    return value;
-}
 DEVICE const char* scalar(const char* address) { return address; }
 inline u32 shuffle(u32 value, u32 lane, int line = __builtin_LINE()) {
     lanes::Exchange slot{value, lane, 0};
     lanes::together(&slot, lanes::exchange, line);
     return slot.got;
+}
+inline float read_lane(float value, u32 lane, int line = __builtin_LINE()) {
+    return bits<float>(shuffle(bits<u32>(value), lane, line));
+}
+template <class V>
+DEVICE V scalar_load(const char* base, u32 offset = 0, i32 further = 0) {
+    V value;
+    memcpy(&value, base + offset + further, sizeof value);
+    return value;
 }
 template <int mask>
 float shuffle_xor(float value, int line = __builtin_LINE()) {
@@ -331,6 +334,14 @@ inline f32x8 wmma(bf16x16 a, bf16x16 b, f32x8 c, int line = __builtin_LINE()) { 
 
 DEVICE u32 count(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
 DEVICE u32 count_shared(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
-DEVICE void keep_short(u32&) {}
 DEVICE float opaque(float value) { return value; }
+DEVICE void acquire() {}
 DEVICE void stay() {}
+template <class V>
+V anew(V value) {
+    return value;
+}
+template <class Args>
+Args again(const Args& args) {
+    return args;
+}
