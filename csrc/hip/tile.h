@@ -5,25 +5,29 @@
 // Columns of a gate and its up: n and n + N/2, or 2 n and 2 n + 1.
 enum GateUp { NO_GATE, SEPARATE, INTERLEAVED };
 
+// Where the router's weight goes in: nowhere, as a factor of x, or of the result.
+enum Weigh { UNWEIGHED, INPUT, RESULT };
+
 struct WmmaArgs {
-    const void* x;         // [rows, K]
-    const void* codes;     // [E, K/8, N], or [E, N, stride]: a word's nibbles 0..7 are k = 0, 2, 4, 6, 1, 3, 5, 7
-    const void* scales;    // [E, K/G, N], or [E, N, K/G]
-    const void* zeros;     // [E, K/G, N/8], nibbles in order; or null: 8
-    const void* bias;      // [E, N], or null
+    const char* x;         // [rows, K]
+    const char* codes;     // [E, K/8, N], or [E, N, stride]: words as in codes.h
+    const char* scales;    // [E, K/G, N], or [E, N, K/G]
+    const char* zeros;     // see Zeros
+    const char* bias;      // [E, columns], or gates and ups; or null
     const i32* slots;      // by place in the blocks, the row of `out`; or null: the place itself
     const i32* experts;    // by block, -1: nothing to do; or null: expert 0
-    const float* weights;  // by row of `out`, or null: 1
-    void* out;             // [splits, rows_out, N]; with a gate [rows_out, N/2]
-    i32 K, N, G, stride;
-    i32 rows_out;     // slots from here on are nobody's
-    i32 per_row;      // rows of `out` that share a row of x
-    i32 stages;       // in a split
-    i32 zero_offset;  // added to a stored zero
-    i32 gate_up;      // see GateUp
-    i32 activation;   // see activation.h
-    i32 wide_bias;    // it is float32
-    i32 wide_out;     // it is float32
+    const float* weights;  // by row of `out`
+    char* out;             // [rows, columns]
+    float* partials;       // [splits, rows, N]; null with one split
+    u32* counters;         // a wave of a tile, zero before and after; null with one split
+    i32 K, N, G, stride;   // N: of the weight, a multiple of 8
+    i32 rows, columns;     // of `out`; slots from `rows` on are nobody's
+    i32 per_row;           // slots that share a row of x
+    i32 blocks;            // of rows
+    i32 splits, stages;    // of k; stages of a split
+    i32 kind;              // of zeros
+    i32 weigh, gate_up, activation;  // see Weigh, GateUp, Activation
+    i32 wide_bias, wide_out;         // they are float32; then columns is a multiple of 4
     float alpha, limit;
 };
 
@@ -31,8 +35,6 @@ struct WmmaArgs {
 constexpr int columns_of(int rows) { return rows == 4 ? 2 : 4; }
 
 DEVICE i32 least(i32 a, i32 b) { return a < b ? a : b; }
-
-DEVICE const char* address(const void* p) { return static_cast<const char*>(p); }
 
 // A value in memory, at an offset in bytes from an address that all lanes of the wave share: of the address, only the
 // offset takes a register in each lane.

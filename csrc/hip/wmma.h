@@ -49,15 +49,16 @@ DEVICE float sum_of(u32x4 values, float sum) {
 // Codes [E, K/8, N], scales [E, K/G, N], zeros [E, K/G, N/8]: a lane loads its columns, which are neighbours, at once.
 template <class T, int COLS>
 struct ByWord {
+    static constexpr bool ZEROS = true;
     const char *codes, *scales, *zeros;
     u32 offset[2], column;
     i64 step;
 
     DEVICE ByWord(const WmmaArgs& args, i64 expert, u32 first_column, i32 k) : column(first_column), step(i64(args.N) * 8) {
         const i64 groups = args.K / args.G, group = k / args.G;
-        codes = uniform(address(args.codes) + (expert * (args.K / 8) + k / 8) * args.N * 4);
-        scales = address(args.scales) + (expert * groups + group) * args.N * 2;
-        zeros = args.zeros ? address(args.zeros) + (expert * groups + group) * (args.N / 8) * 4 : nullptr;
+        codes = uniform(args.codes + (expert * (args.K / 8) + k / 8) * args.N * 4);
+        scales = args.scales + (expert * groups + group) * args.N * 2;
+        zeros = args.zeros + (expert * groups + group) * zeros_of_a_group(args);
         offset[0] = column * 4;
         offset[1] = (column + args.N) * 4;
     }
@@ -74,25 +75,37 @@ struct ByWord {
         for (int c = 0; c < COLS; ++c) words[c] = u32x2{low[c], high[c]};
     }
     DEVICE vec<u16, COLS> scale() const { return from_memory<vec<u16, COLS>>(scales, column * 2); }
-    DEVICE u32 zero() const { return from_memory<u32>(zeros, column / 8 * 4) >> column % 8 * 4; }
+    // A byte a column.
+    DEVICE u32 zero(const WmmaArgs& args) const {
+        if (args.kind == BYTES) return COLS == 4 ? from_memory<u32>(zeros, column) : from_memory<u16>(zeros, column);
+        u32 bytes = from_memory<u32>(zeros, column / 8 * 4) >> column % 8 * 4 & 0xffff;
+        bytes = (bytes | bytes << 8) & 0x00ff00ff;
+        bytes = (bytes | bytes << 4) & 0x0f0f0f0f;
+        return args.kind == NIBBLES_LESS_ONE ? bytes + 0x01010101 : bytes;
+    }
     DEVICE void next_group(const WmmaArgs& args) {
         scales += i64(args.N) * 2;
-        if (zeros) zeros += i64(args.N / 8) * 4;
+        zeros += zeros_of_a_group(args);
+    }
+
+   private:
+    static DEVICE i64 zeros_of_a_group(const WmmaArgs& args) {
+        return args.kind == EIGHT ? 0 : args.kind == BYTES ? args.N : args.N / 2;
     }
 };
 
 // Codes [E, N, stride], scales [E, N, K/G], no zeros: the field's layout for its WMMA kernel.
 template <class T, int COLS>
 struct ByRow {
+    static constexpr bool ZEROS = false;
     const char *codes, *scales;
-    static constexpr const char* zeros = nullptr;
     u32 offset[COLS], scale_offset[COLS];
     static constexpr i64 step = 8;
 
     DEVICE ByRow(const WmmaArgs& args, i64 expert, u32 first_column, i32 k) {
         const i64 groups = args.K / args.G;
-        codes = uniform(address(args.codes) + expert * args.N * args.stride * 4 + k / 2);
-        scales = address(args.scales) + (expert * args.N * groups + k / args.G) * 2;
+        codes = uniform(args.codes + expert * args.N * args.stride * 4 + k / 2);
+        scales = args.scales + (expert * args.N * groups + k / args.G) * 2;
         for (int c = 0; c < COLS; ++c) {
             offset[c] = (first_column + c) * args.stride * 4;
             scale_offset[c] = (first_column + c) * static_cast<u32>(groups) * 2;
@@ -114,7 +127,6 @@ struct ByRow {
         for (int c = 0; c < COLS; ++c) all[c] = from_memory<u16>(scales, scale_offset[c]);
         return all;
     }
-    DEVICE u32 zero() const { return 0; }
     DEVICE void next_group(const WmmaArgs&) { scales += 2; }
 };
 
@@ -174,8 +186,8 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
 
     const i32 first_stage = block_z() * args.stages, k = uniform(first_stage * STAGE);
     const i32 stages = uniform(least(args.stages, args.K / STAGE - first_stage));
-    const char* x = uniform(address(args.x) + i64(k) * 2);
-    u32 mine = static_cast<u32>(least(slot, args.rows_out - 1)) / args.per_row * (args.K * 2) + thread() % 4 * 16;
+    const char* x = uniform(args.x + i64(k) * 2);
+    u32 mine = static_cast<u32>(least(slot, args.rows - 1)) / args.per_row * (args.K * 2) + thread() % 4 * 16;
     Weights weights(args, expert, Out::column(args), k);
 
     char* ring = reinterpret_cast<char*>(room);
@@ -232,16 +244,16 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
                     sums[r][c][i] += products[r][c][i] * scale[c];
                     sums[r][c + 1][i ^ 1] += products[r][c + 1][i ^ 1] * scale[c + 1];
                 }
-        if (weights.zeros) {
-            const u32 zeros = weights.zero();
+        if constexpr (Weights::ZEROS)
+            if (args.kind != EIGHT) {
+                const u32 zeros = weights.zero(args);
 #pragma unroll
-            for (int c = 0; c < COLS; ++c) {
-                const i32 zero = static_cast<i32>(zeros >> 4 * c & 15) + args.zero_offset - 8;
-                const float by = scale[c] * (static_cast<float>(zero) / (Half<T>::BASE + 8));
+                for (int c = 0; c < COLS; ++c) {
+                    const float more = static_cast<i32>(zeros >> 8 * c & 255) - 8;
 #pragma unroll
-                for (int r = 0; r < ROWS; ++r) sums[r][c] += Stages::start(read, r) * by;
+                    for (int r = 0; r < ROWS; ++r) sums[r][c] += Stages::start(read, r) * (scale[c] * more / (Half<T>::BASE + 8));
+                }
             }
-        }
         if (--left == 0) {
             left = whole;
             weights.next_group(args);
