@@ -82,7 +82,7 @@ struct Epilogue {
 #pragma unroll 1
         for (i32 i = thread(); i < width * 4; i += WAVES * WAVE) {
             const i32 line = i / (width / 4), place = i % (width / 4) * 4, row = rows[in_lane_order(line)];
-            if (first + place < args.columns && row < args.rows) act(line, row, place);
+            if (first + place < args.columns && static_cast<u32>(row) < static_cast<u32>(args.rows)) act(line, row, place);
         }
     }
 

@@ -15,13 +15,14 @@ struct WmmaArgs {
     const char* zeros;     // see Zeros
     const char* bias;      // [E, columns], or gates and ups; or null
     const i32* slots;      // by place in the blocks, the row of `out`; or null: the place itself
-    const i32* experts;    // by block, -1: nothing to do; or null: expert 0
+    const i32* experts;    // by block, outside 0..E-1: nothing to do; or null: expert 0
     const float* weights;  // by row of `out`
     char* out;             // [rows, columns]
     float* partials;       // [splits, rows, N]; null with one split
     u32* counters;         // a wave of a tile, zero before and after; null with one split
     i32 K, N, G, stride;   // N: of the weight, a multiple of 8
-    i32 rows, columns;     // of `out`; slots from `rows` on are nobody's
+    i32 E;
+    i32 rows, columns;     // of `out`; slots beyond its rows are nobody's
     i32 per_row;           // slots that share a row of x
     i32 blocks;            // of rows
     i32 splits, stages;    // of k; stages of a split

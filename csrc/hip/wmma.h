@@ -160,7 +160,8 @@ struct Ring {
         return bits<Fragment<T>>(Two{at<u32x4>(half, offset), at<u32x4>(half, offset + 16)});
     }
     static DEVICE f32x8 start(const char* half, int r) {
-        return at<f32x8>(half, STARTS + (r * 16 + thread() % WAVE / 16 * 8) * 4);
+        const u32 offset = STARTS + (r * 16 + thread() % WAVE / 16 * 8) * 4;
+        return bits<f32x8>(Two{at<u32x4>(half, offset), at<u32x4>(half, offset + 16)});
     }
 
    private:
@@ -179,7 +180,7 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
     SHARED(i32, rows, [ROWS * 16]);
 
     const i32 expert = args.experts ? uniform(args.experts[block_x()]) : 0;
-    if (expert < 0) return;
+    if (static_cast<u32>(expert) >= static_cast<u32>(args.E)) return;
     const u32 place = block_x() * ROWS * 16 + thread() / 4;
     const i32 slot = args.slots ? args.slots[place] : place;
     if (thread() % 4 == 0) rows[in_lane_order(thread() / 4)] = slot;
@@ -187,7 +188,7 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
     const i32 first_stage = block_z() * args.stages, k = uniform(first_stage * STAGE);
     const i32 stages = uniform(least(args.stages, args.K / STAGE - first_stage));
     const char* x = uniform(args.x + i64(k) * 2);
-    u32 mine = static_cast<u32>(least(slot, args.rows - 1)) / args.per_row * (args.K * 2) + thread() % 4 * 16;
+    u32 mine = (static_cast<u32>(slot) < static_cast<u32>(args.rows) ? slot : 0) / args.per_row * (args.K * 2) + thread() % 4 * 16;
     Weights weights(args, expert, Out::column(args), k);
 
     char* ring = reinterpret_cast<char*>(room);
