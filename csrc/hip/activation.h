@@ -44,3 +44,9 @@ DEVICE f32x4 gated(i32 activation, f32x4 gate, f32x4 up, float alpha, float limi
         }
     return activated(activation, gate, alpha) * up;
 }
+
+// Columns of a gate and its up: n and n + N/2, or 2 n and 2 n + 1.
+enum GateUp { NO_GATE, SEPARATE, INTERLEAVED };
+
+DEVICE f32x4 evens(f32x4 low, f32x4 high) { return f32x4{low.x, low.z, high.x, high.z}; }
+DEVICE f32x4 odds(f32x4 low, f32x4 high) { return f32x4{low.y, low.w, high.y, high.w}; }

@@ -112,8 +112,8 @@ struct Epilogue {
                                    : product(from, row, place + WIDTH / 2, n + args.columns);
             if (interleaved) {
                 const f32x4 low = y, high = up;
-                y = f32x4{low.x, low.z, high.x, high.z};
-                up = f32x4{low.y, low.w, high.y, high.w};
+                y = evens(low, high);
+                up = odds(low, high);
             }
             y = gated(args.activation, y, up, args.alpha, args.limit);
         } else {

@@ -2,9 +2,6 @@
 #pragma once
 #include "codes.h"
 
-// Columns of a gate and its up: n and n + N/2, or 2 n and 2 n + 1.
-enum GateUp { NO_GATE, SEPARATE, INTERLEAVED };
-
 // Where the router's weight goes in: nowhere, as a factor of x, or of the result.
 enum Weigh { UNWEIGHED, INPUT, RESULT };
 

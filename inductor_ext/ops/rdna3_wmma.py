@@ -152,9 +152,8 @@ def _moe_gemm(
     )  # fmt: skip
     Door("moe_gemm_w4a16", A.device).on_line(w_packed=w_packed, w_scale=w_scale, C=C)
     rows = C[:n_valid_tokens].zero_()
-    blocks = min(num_blocks, expert_ids.numel(), sorted_token_ids.numel() // block_m)
     if n_valid_tokens > 0:
-        slots = wmma.Slots(sorted_token_ids, expert_ids, block_m, blocks, top_k)
+        slots = wmma.Slots(sorted_token_ids, expert_ids[:num_blocks], block_m, top_k)
         wmma.routed(A, wmma.Weight(w_packed, w_scale, by_row=True), slots, rows)
 
 

@@ -67,7 +67,6 @@ class Slots:
     """int32, of each block, or -1."""
     height: int
     """Of a block."""
-    blocks: int
     per_row: int
     weigh: Weigh = Weigh.NOTHING
     weights: Tensor | None = None
@@ -98,7 +97,8 @@ def routed(x: Tensor, weight: Weight, slots: Slots, out: Tensor, act: Act = Act(
 
     out is float32 or has x's dtype.
     """
-    _launch(x, weight, slots, act, out, slots.height, slots.blocks, slots.per_row)
+    blocks = min(slots.experts.numel(), slots.sorted.numel() // slots.height)
+    _launch(x, weight, slots, act, out, slots.height, blocks, slots.per_row)
 
 
 def _launch(
