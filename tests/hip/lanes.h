@@ -302,6 +302,15 @@ inline u32 shuffle(u32 value, u32 lane, int line = __builtin_LINE()) {
     lanes::together(&slot, lanes::exchange, line);
     return slot.got;
 }
+inline float read_lane(float value, u32 lane, int line = __builtin_LINE()) {
+    return bits<float>(shuffle(bits<u32>(value), lane, line));
+}
+template <class V>
+DEVICE V scalar_load(const char* base, u32 offset = 0, i32 further = 0) {
+    V value;
+    memcpy(&value, base + offset + further, sizeof value);
+    return value;
+}
 template <int mask>
 float shuffle_xor(float value, int line = __builtin_LINE()) {
     static_assert(0 < mask && mask < WAVE);
@@ -316,3 +325,13 @@ inline f32x8 wmma(bf16x16 a, bf16x16 b, f32x8 c, int line = __builtin_LINE()) { 
 
 DEVICE u32 count(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
 DEVICE u32 count_shared(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
+DEVICE void acquire() {}
+DEVICE void stay() {}
+template <class V>
+V anew(V value) {
+    return value;
+}
+template <class Args>
+Args again(const Args& args) {
+    return args;
+}
