@@ -11,7 +11,7 @@ from inductor_ext import kernels
 from inductor_ext.kernels import MoeProblem, Problem
 
 PRIORITY: dict[str, dict[str, tuple[str, ...]]] = {
-    "linear": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    "linear": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
     "moe": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 }
 """Kernels by op and device type, the one to try first first. A device without a list has the reference kernel, which

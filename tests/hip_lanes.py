@@ -1,4 +1,9 @@
-"""The AMD kernels on the CPU: builds tests/hip/runtime.cpp, a stand-in for libamdhip64 that runs them lane by lane."""
+"""The AMD kernels on the CPU: builds tests/hip/runtime.cpp, a stand-in for libamdhip64 that runs them lane by lane.
+
+with hip_lanes.on("gfx1151") as lanes:
+    ...  # whatever calls inductor_ext.kernels.hip, with CPU tensors
+lanes.launches()[0].grid
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from filelock import FileLock
 
-from inductor_ext.kernels.hip import runtime
+from inductor_ext.kernels.hip import objects, runtime
 
 HERE = Path(__file__).parent / "hip"
-sys.path.append(str(HERE.parents[1] / "csrc" / "hip"))
+ROOT = HERE.parents[1]
+sys.path += [str(ROOT / "bench"), str(ROOT / "csrc" / "hip")]
 
-import toolchain  # noqa: E402  its folder is no package
+import isa  # noqa: E402, F401
+import toolchain  # noqa: E402
 
 
 class Call(NamedTuple):
@@ -102,3 +110,9 @@ def on(arch: str) -> Iterator[Lanes]:
     path = library()
     with runtime.use(path, arch):
         yield Lanes(path)
+
+
+def places() -> list[str]:
+    """Where the kernels can run here: on lanes, and on the GPU if it is an AMD one that they are for."""
+    usable = runtime.why_unusable() is None and objects.why_unusable(runtime.arch(torch.device("cuda", 0))) is None
+    return ["lanes", "gpu"] if usable else ["lanes"]

@@ -37,7 +37,8 @@ DEVICE void dense(DenseArgs args) {
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) x.offsets[m] = least(m, rows - 1) * args.K * 2;
     f32x4 y[ROWS] = {};
-    multiply_part<T, ROWS>({args.words, args.scales, args.zeros, args.K, args.N, args.G}, args.kind, x, split, args.steps, n, y);
+    const Weight w = {args.words, args.scales, args.zeros, args.kind, args.K, args.N, args.G};
+    multiply_part<T, ROWS>(w, x, split, args.steps, n, y);
     fold(y);
     if (wave() != 0) return;
     args = again(args);

@@ -13,6 +13,7 @@ struct Weight {
     const char* words;   // [K/8, N]
     const char* scales;  // [K/G, N]
     const char* zeros;
+    i32 kind;  // of zeros
     i32 K, N, G;
 };
 
@@ -35,12 +36,13 @@ struct Groups {
     struct Raw {
         u16x4 scales;
         u32 zeros;
-        DEVICE f32x4 bases() const;  // BASE + zero
     };
     const char *scales, *zeros;
     i32 columns, n, steps, left;
+    u32 less;  // than the zero are nibbles by this, in each byte
 
-    DEVICE Groups(const Weight& w, i32 step, i32 n) : columns(w.N), n(n), steps(w.G / STEP) {
+    DEVICE Groups(const Weight& w, i32 step, i32 n)
+        : columns(w.N), n(n), steps(w.G / STEP), less(w.kind == NIBBLES_LESS_ONE ? 0x01010101 : 0) {
         const i32 group = step / steps;
         left = steps - step % steps;
         scales = w.scales + i64(group) * columns * 2;
@@ -50,8 +52,21 @@ struct Groups {
     DEVICE Raw fetch() const {
         u32 raw = 0;
         if (Z == BYTES) raw = load<u32>(zeros, n);
-        if (Z >= NIBBLES) raw = load<u16>(zeros, n / 2);
+        if (Z == NIBBLES) raw = load<u16>(zeros, n / 2);
         return {load<u16x4>(scales, n * 2), raw};
+    }
+    // BASE + zero.
+    DEVICE f32x4 bases(Raw raw) const {
+        if (Z == EIGHT) return f32x4(Half<T>::BASE + 8);
+        u32 bytes = raw.zeros;
+        if (Z == NIBBLES) {
+            bytes = (bytes | bytes << 8) & 0x00ff00ff;
+            bytes = ((bytes | bytes << 4) & 0x0f0f0f0f) + less;
+        }
+        f32x4 all;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) all[c] = Half<T>::BASE + static_cast<float>(bytes >> 8 * c & 255);
+        return all;
     }
     // So many steps on, 0 or 1.
     DEVICE void advance(i32 by) {
@@ -62,21 +77,6 @@ struct Groups {
         zeros += static_cast<u32>(next ? zeros_of_a_group() : 0);
     }
 };
-
-template <class T, Zeros Z>
-DEVICE f32x4 Groups<T, Z>::Raw::bases() const {
-    if (Z == EIGHT) return f32x4(Half<T>::BASE + 8);
-    u32 bytes = zeros;
-    if (Z >= NIBBLES) {
-        bytes = (bytes | bytes << 8) & 0x00ff00ff;
-        bytes = (bytes | bytes << 4) & 0x0f0f0f0f;
-        if (Z == NIBBLES_LESS_ONE) bytes += 0x01010101;
-    }
-    f32x4 all;
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) all[c] = Half<T>::BASE + static_cast<float>(bytes >> 8 * c & 255);
-    return all;
-}
 
 // Rows of x, by where they begin, in bytes.
 template <int M>
@@ -189,7 +189,7 @@ DEVICE void multiply(const Weight& w, const Rows<M>& rows, i32 first, i32 last, 
         sums.add(summands, sum);
         x = next;
         summands = sums.fetch(x);
-        const f32x4 scales = wide4<T>(group.scales), bases = group.bases();
+        const f32x4 scales = wide4<T>(group.scales), bases = groups.bases(group);
 #pragma unroll
         for (int m = 0; m < M; ++m) y[m] += scales * (products[m] - bases * sum[m]);
     }
@@ -197,16 +197,13 @@ DEVICE void multiply(const Weight& w, const Rows<M>& rows, i32 first, i32 last, 
 
 // The steps that this wave has of those that split `split` of the work has: y as in multiply.
 template <class T, int M>
-DEVICE void multiply_part(const Weight& w, i32 zeros, const Rows<M>& rows, i32 split, i32 steps, i32 n, f32x4 (&y)[M]) {
+DEVICE void multiply_part(const Weight& w, const Rows<M>& rows, i32 split, i32 steps, i32 n, f32x4 (&y)[M]) {
     const i32 start = split * steps, end = least(start + steps, w.K / STEP), mine = ceiling(steps, WAVES);
     const i32 first = start + wave() * mine, last = least(first + mine, end);
     n = least(n, w.N - COLUMNS);  // beyond the last column: computed, but stored by nobody
-    switch (zeros) {
-        case BYTES: return multiply<T, M, BYTES>(w, rows, first, last, n, y);
-        case NIBBLES: return multiply<T, M, NIBBLES>(w, rows, first, last, n, y);
-        case NIBBLES_LESS_ONE: return multiply<T, M, NIBBLES_LESS_ONE>(w, rows, first, last, n, y);
-        default: return multiply<T, M, EIGHT>(w, rows, first, last, n, y);
-    }
+    if (w.kind == EIGHT) return multiply<T, M, EIGHT>(w, rows, first, last, n, y);
+    if (w.kind == BYTES) return multiply<T, M, BYTES>(w, rows, first, last, n, y);
+    return multiply<T, M, NIBBLES>(w, rows, first, last, n, y);
 }
 
 // What the waves have, added up in a fixed order: wave 0 has it in the end.

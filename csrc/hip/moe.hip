@@ -86,9 +86,9 @@ DEVICE void block_of_slots(MoeArgs args, i32 block, i32 tile, i32 n, i32 expert)
     const i64 words = i64(args.K / 8) * args.N, groups = i64(args.K / args.G) * args.N;
     const i32 bits_of_a_zero = args.kind == EIGHT ? 0 : args.kind == BYTES ? 8 : 4;
     const Weight w = {args.words + expert * words * 4, args.scales + expert * groups * 2,
-                      args.zeros + expert * groups * bits_of_a_zero / 8, args.K, args.N, args.G};
+                      args.zeros + expert * groups * bits_of_a_zero / 8, args.kind, args.K, args.N, args.G};
     f32x4 y[M] = {};
-    multiply_part<T, M>(w, args.kind, x, split, args.steps, n, y);
+    multiply_part<T, M>(w, x, split, args.steps, n, y);
     fold(y);
     if (wave() != 0) return;
     args = again(args);

@@ -30,8 +30,7 @@ ARCHS = ("gfx1100", "gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1
 OLDEST = 18
 """clang's first major version with gfx1151 and gfx1200."""
 
-# The id of a compilation is made from its path: without it the same sources give the same bytes in any folder.
-GPU = ("-x", "hip", "--cuda-device-only", "-nogpulib", "-nogpuinc", "-fuse-cuid=none", "-O3", "-std=c++17")
+GPU = ("-x", "hip", "--cuda-device-only", "-nogpulib", "-nogpuinc", "-O3", "-std=c++17")
 # Any x86-64 with AVX2; the tests' lanes are written for those.
 CPU = ("-x", "c++", "-O2", "-std=c++17", "-mavx2", "-mf16c", "-mfma", "-fPIC")
 
@@ -55,7 +54,8 @@ class Toolchain:
 
     def assembly(self, source: Path, arch: str) -> Path:
         """The assembly text of a source."""
-        flags = (*GPU, f"--offload-arch={arch}", "-S")
+        # By default the id of a compilation is made from its path: so the same sources give the same bytes in any folder.
+        flags = (*GPU, f"-cuid={source.stem}", f"--offload-arch={arch}", "-S")
         return self._made(source, f"{source.stem}-{arch}.s", (*self.clang, *flags, str(source)))
 
     def cpu_object(self, source: Path, include: Iterable[Path]) -> Path:

@@ -232,6 +232,7 @@ class MoeKernel(Protocol):
 KERNELS: dict[str, dict[str, str]] = {
     "linear": {
         "cpu": "inductor_ext.kernels.cpu",
+        "hip": "inductor_ext.kernels.hip.linear",
         "triton": "inductor_ext.kernels.gpu.linear",
         "reference": "inductor_ext.kernels.reference",
     },

@@ -14,8 +14,8 @@ SOURCES = FOLDER.parents[3] / "csrc" / "hip"
 """Beside the package in an editable install; nowhere in others."""
 
 GET = (
-    "To have them, install the package again with clang 18 or newer and lld at hand, or after `pip install ziglang` with"
-    " --no-build-isolation."
+    "To have them, install the package again with clang 18 or newer and lld at hand, or after `pip install ziglang`"
+    " with --no-build-isolation."
 )
 
 
