@@ -12,7 +12,7 @@ from inductor_ext.kernels import MoeProblem, Problem
 
 PRIORITY: dict[str, dict[str, tuple[str, ...]]] = {
     "linear": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
-    "moe": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    "moe": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
 }
 """Kernels by op and device type, the one to try first first. A device without a list has the reference kernel, which
 runs everywhere."""

@@ -67,7 +67,7 @@ KERNEL(route, RouteArgs, THREADS, 8) {
     if (t == 0) *args.end = before[1] * args.height;
 }
 
-// h [slots, columns or twice as many] -> act [slots, columns], for products that could not do it themselves.
+// h, float32 [slots, columns or twice as many] -> act [slots, columns], for products that could not do it themselves.
 struct ActivateArgs {
     const char* h;
     char* act;
@@ -92,8 +92,8 @@ DEVICE void activate(const ActivateArgs& args) {
     const i32 n = (block_y() * THREADS + thread()) * 4;
     if (n >= args.columns) return;
     const i32 pitch = args.gate_up ? 2 * args.columns : args.columns;
-    const u16* h = reinterpret_cast<const u16*>(args.h) + i64(block_x()) * pitch;
-    const auto four = [&](i32 at) { return wide4<T>(*reinterpret_cast<const u16x4*>(h + at)); };
+    const float* h = reinterpret_cast<const float*>(args.h) + i64(block_x()) * pitch;
+    const auto four = [&](i32 at) { return *reinterpret_cast<const f32x4*>(h + at); };
     f32x4 y;
     if (args.gate_up == NO_GATE) {
         y = activated(args.activation, four(n), args.alpha);

@@ -15,7 +15,7 @@ struct MoeArgs {
     const char* experts;  // int32: the expert of each block, or -1
     const char* end;      // int32: where the last block ends
     const float* weights; // by slot; or null: 1
-    char* out;            // [slots / together, N]: added to
+    char* out;            // [slots / together, N]: added to; or float32, written
     float* partials;      // [slots, splits, N]; null if a slot's sum goes straight to its row
     u32* marks;           // [tiles, slots, splits], zero before and after; null with one slot a row
     u32* counters;        // by block and tile, or by tile; zero before and after
@@ -24,15 +24,19 @@ struct MoeArgs {
     i32 slots, per_row;   // slots that share a row of x
     i32 together;         // slots that share a row of the result
     i32 blocks, splits, steps;  // steps of a split
+    i32 written;          // out is float32 and is not added to
 };
 
 template <class T>
-DEVICE void add_to(char* row, i32 n, f32x4 values) {
-    u16x4* const place = reinterpret_cast<u16x4*>(row + n * 2);
+DEVICE void add_to_row(const MoeArgs& args, i32 row, i32 n, f32x4 values) {
+    const i64 at = i64(row) * args.N + n;
+    if (args.written) {
+        *reinterpret_cast<f32x4*>(args.out + at * 4) = values;
+        return;
+    }
+    u16x4* const place = reinterpret_cast<u16x4*>(args.out + at * 2);
     *place = rounded4<T>(wide4<T>(*place) + values);
 }
-
-DEVICE char* row_of(const MoeArgs& args, i32 row) { return args.out + i64(row) * args.N * 2; }
 
 // The sum of the parts of a row of `together` slots, and whether there is any. Parts without a mark were not written.
 DEVICE bool add_up(const MoeArgs& args, i32 row, i32 tile, i32 n, f32x4& sum) {
@@ -68,7 +72,7 @@ DEVICE void gather(const MoeArgs& args, i32 tile, i32 n) {
     if (thread() == 0) args.counters[tile] = 0;
     for (i32 row = wave(); row < args.slots / args.together; row += WAVES) {
         f32x4 sum;
-        if (add_up(args, row, tile, n, sum) && n < args.N) add_to<T>(row_of(args, row), n, sum);
+        if (add_up(args, row, tile, n, sum) && n < args.N) add_to_row<T>(args, row, n, sum);
     }
 }
 
@@ -113,7 +117,7 @@ DEVICE void block_of_slots(MoeArgs args, i32 block, i32 tile, i32 n, i32 expert)
         if (!last_to_arrive(args.counters + block_x(), args.splits)) return;
         every([&](int m, i64 part) { y[m] = in_order(args.partials + part * args.N + n, args.splits, args.N); });
     }
-    every([&](int m, i64) { add_to<T>(row_of(args, slots[m]), n, y[m]); });
+    every([&](int m, i64) { add_to_row<T>(args, slots[m], n, y[m]); });
 }
 
 template <class T, int M>

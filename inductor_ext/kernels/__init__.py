@@ -238,6 +238,7 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "moe": {
         "cpu": "inductor_ext.kernels.cpu_moe",
+        "hip": "inductor_ext.kernels.hip.experts",
         "triton": "inductor_ext.kernels.gpu.experts",
         "reference": "inductor_ext.kernels.reference_moe",
     },

@@ -142,9 +142,10 @@ def _few(x: Tensor, routed: Routing, w13: Packed, w2: Packed, mlp: Mlp, I: int) 
     blocks = routing.route(routed, E, height(slots, routed.number, True))
     weights = routed.topk_weights.view(-1)
     weigh_x = mlp.apply_router_weight_on_input
-    h = torch.zeros(slots, w13.qweight.shape[2], dtype=x.dtype, device=x.device)
+    h = torch.empty(slots, w13.qweight.shape[2], dtype=torch.float32, device=x.device)
     moe.gemm(x, *_tensors(w13), *blocks[:3], weights if weigh_x else None, h, blocks.height, k, 1)
-    act = routing.activate(h, mlp, I)
+    act = torch.empty(slots, I, dtype=x.dtype, device=x.device)
+    routing.activate(h, mlp, act)
     if weigh_x:
         weights = torch.ones_like(weights)
     out = torch.zeros_like(x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
 from inductor_ext.kernels import Expected, Layout, Packed, Problem
-from inductor_ext.kernels.hip import dense, dot, objects, runtime
+from inductor_ext.kernels.hip import dense, dot, objects, runtime, wmma
 
 NAME = "hip"
 
@@ -37,10 +37,10 @@ def reject(problem: Problem) -> str | None:
         return f"The scales must have the activations' dtype, {problem.dtype}, not {problem.scale_dtype}."
     if problem.zeros == "float":
         return "The zeros must be integers, not floats."
-    return _why_not(problem.K, problem.group_size)
+    return why_not(problem.K, problem.group_size)
 
 
-def _why_not(K: int, group_size: int) -> str | None:
+def why_not(K: int, group_size: int) -> str | None:
     if group_size % dot.STEP != 0 or K % group_size != 0:
         return f"The group size must be a multiple of {dot.STEP} that divides K={K}; it is {group_size}."
     return None
@@ -75,7 +75,7 @@ def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
 
 
 def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
-    if (reason := _why_not(K, group_size)) is not None:
+    if (reason := why_not(K, group_size)) is not None:
         raise ValueError(reason)
     groups = (K // group_size, _filled(N))
     return Layout(
@@ -93,7 +93,9 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int)
         x = x.index_select(1, packed.order)
     out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     kind = dot.Zeros.EIGHT if packed.zeros is None else dot.Zeros.BYTES
-    dense.gemm(x, packed.qweight, packed.scales, packed.zeros, kind, bias, out)
+    many = x.shape[0] > 8 and runtime.arch(x.device).startswith("gfx11")
+    gemm = wmma.gemm if many else dense.gemm
+    gemm(x, packed.qweight, packed.scales, packed.zeros, kind, bias, out)
     return out
 
 

@@ -22,7 +22,7 @@ class MoeArgs(ctypes.Structure):
         ),
         *((name, ctypes.c_void_p) for name in ("marks", "counters")),
         *((name, ctypes.c_int32) for name in ("K", "N", "G", "E", "kind", "slots", "per_row", "together")),
-        *((name, ctypes.c_int32) for name in ("blocks", "splits", "steps")),
+        *((name, ctypes.c_int32) for name in ("blocks", "splits", "steps", "written")),
     )
 
 
@@ -41,7 +41,7 @@ def gemm(
     per_row: int,
     together: int,
 ) -> None:
-    """Adds to out, row by row, what the slots' experts make of x.
+    """Adds to out, row by row, what the slots' experts make of x; or, if it is float32, writes it there.
 
     Slot s multiplies row s // per_row of x [slots / per_row, K] and, if there are weights [slots], that by its own; it
     is added to row s // together of out [slots / together, N]. The words are [E, K/8, N] and so on. Blocks of
@@ -64,6 +64,7 @@ def gemm(
         *map(dot.pointer, (x, words, scales, zeros, sorted_slots, experts, end, weights, out, partials)),
         *map(dot.pointer, (marks, arrived)),
         K, N, K // scales.shape[1], E, kind, slots, per_row, together, blocks, splits, steps,
+        out.dtype == torch.float32,
     )  # fmt: skip
     name = f"moe_gptq_gemm_rdna3_{dot.NAMES[x.dtype]}_{height}"
     runtime.launch(x.device, name, args, (blocks * across, splits, 1), dot.THREADS)

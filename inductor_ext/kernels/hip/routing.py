@@ -72,14 +72,12 @@ def route(routing: Routing, E: int, height: int) -> Blocks:
     return found
 
 
-def activate(h: Tensor, mlp: Mlp, columns: int) -> Tensor:
-    """The activation of mlp, of products h [slots, columns or twice as many]."""
-    act = torch.empty(h.shape[0], columns, dtype=h.dtype, device=h.device)
+def activate(h: Tensor, mlp: Mlp, act: Tensor) -> None:
+    """act [slots, I] of products h, float32 [slots, I or twice as many]."""
     args = _ActivateArgs(
-        h.data_ptr(), act.data_ptr(), columns, GATE_UP[mlp.gate_up], ACTIVATIONS[mlp.activation], *steepness(mlp)
+        h.data_ptr(), act.data_ptr(), act.shape[1], GATE_UP[mlp.gate_up], ACTIVATIONS[mlp.activation], *steepness(mlp)
     )
     _launch("activate", act, args)
-    return act
 
 
 def combine(y: Tensor, routing: Routing, E: int, scaling: float, out: Tensor) -> None:
