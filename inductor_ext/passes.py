@@ -18,6 +18,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
+from inductor_ext import oracle
 from inductor_ext.capture import ConstantSite
 from inductor_ext.options import Options
 from inductor_ext.report import Report
@@ -44,12 +45,13 @@ class W4A16Pass(CustomGraphPass):
             self.then(graph)
 
     def uuid(self) -> Any | None:
-        """Changes with every file of this package, every option, and the pass behind; None (no caching) if that one has
-        no uuid."""
+        """Changes with every file of this package, every option and switch, and the pass behind; None (no caching) if
+        that one has no uuid."""
+        own = (_sources(), repr(self.options), oracle.moe_hip())
         if self.then is None:
-            return (_sources(), repr(self.options))
+            return own
         behind = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
-        return None if behind is None else (_sources(), repr(self.options), behind)
+        return None if behind is None else (*own, behind)
 
 
 @functools.cache
@@ -59,7 +61,8 @@ def _sources() -> str:
     import inductor_ext.patterns
 
     roots = {Path(p) for package in (inductor_ext, inductor_ext.patterns) for p in package.__path__}
-    files = sorted((path.name, path) for root in roots for path in root.rglob("*") if path.suffix in (".py", ".so"))
+    code = (".py", ".so", ".co")
+    files = sorted((path.name, path) for root in roots for path in root.rglob("*") if path.suffix in code)
     digest = hashlib.sha256(inductor_ext.__version__.encode())
     for name, path in files:
         digest.update(name.encode())

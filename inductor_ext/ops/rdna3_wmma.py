@@ -18,12 +18,12 @@ LIB.define(
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 # A [R, K] in float16 or bfloat16; w_packed int32 [E, N, K/8], codes 2 p and 2 p + 1 of a run of 8 along K in bits 4 p
-# and 16 + 4 p, whose rows may be further apart than K/8 (an even number of words); w_scale [E, N, K/G] in A's dtype;
-# zeros are 8. K and G are multiples of 32, G divides K, N is a multiple of 64. All but w_packed's rows contiguous.
-# Blocks of block_m = 32 slots of one expert as w4a16::moe_align_block_size gives them: block b < num_blocks is of expert
-# expert_ids[b], or, outside 0..E-1, does nothing. A slot s < n_valid_tokens <= R top_k makes row s of C [>=
-# n_valid_tokens, N] from row s // top_k of A. Rows of C below n_valid_tokens that no block of an expert has, those of
-# dropped tokens, become zero: C is cleared up to there first. Rows from n_valid_tokens on stay as they are.
+# and 16 + 4 p, whose rows may be further apart than K/8, by an even number of words; w_scale [E, N, K/G] in A's dtype;
+# zeros are 8. K and G are multiples of 32, G divides K, N is a multiple of 64. All but w_packed contiguous.
+# Blocks of block_m = 32 slots of one expert, as w4a16::moe_align_block_size gives them: block b < num_blocks is of
+# expert_ids[b], or, if that is not in 0..E-1, of nobody. A slot s < n_valid_tokens <= R top_k makes row s of C
+# [>= n_valid_tokens, N] from row s // top_k of A. Rows below n_valid_tokens that no block of an expert has, those of
+# dropped tokens, become zero, since C is cleared up to there first; rows from there on stay as they are.
 # Sums are float32, rounded once. The same arguments give the same bits.
 LIB.define(
     "moe_gemm_w4a16(Tensor A, Tensor w_packed, Tensor w_scale, Tensor sorted_token_ids, Tensor expert_ids, "
@@ -62,8 +62,8 @@ def _check_moe(
     R, K = A.shape
     door.require(K > 0 and K % 32 == 0, lambda: f"A's K must be a positive multiple of 32, it is {K}.")
     door.require(2 * R * K < _LIMIT, lambda: f"A must have less than {_LIMIT // 2} elements, it is {list(A.shape)}.")
-    for name, t, of in (("w_packed", w_packed, "K/8"), ("w_scale", w_scale, "K/G")):
-        door.require(t.dim() == 3, lambda name=name, t=t, of=of: f"{name} must be [E, N, {of}], it is {list(t.shape)}.")
+    door.require(w_packed.dim() == 3, lambda: f"w_packed must be [E, N, K/8], it is {list(w_packed.shape)}.")
+    door.require(w_scale.dim() == 3, lambda: f"w_scale must be [E, N, K/G], it is {list(w_scale.shape)}.")
     E, N, groups = w_scale.shape
     door.require(E > 0, lambda: f"w_scale must have at least one expert, it is {list(w_scale.shape)}.")
     door.require(N > 0 and N % 64 == 0, lambda: f"w_scale's N must be a positive multiple of 64, it is {N}.")
@@ -85,9 +85,8 @@ def _check_moe(
     )
     door.tensor("C", C, (C.shape[0], N), A.dtype)
     door.require(num_blocks >= 0, lambda: f"num_blocks must not be negative, it is {num_blocks}.")
-    for name, t in (("sorted_token_ids", sorted_token_ids), ("expert_ids", expert_ids)):
-        door.require(t.dim() == 1, lambda name=name, t=t: f"{name} must have one dimension, it is {list(t.shape)}.")
-        door.tensor(name, t, tuple(t.shape), torch.int32)
+    door.tensor("sorted_token_ids", sorted_token_ids, (sorted_token_ids.numel(),), torch.int32)
+    door.tensor("expert_ids", expert_ids, (expert_ids.numel(),), torch.int32)
 
 
 def _check_rows(door: Door, words: Tensor, shape: tuple[int, int, int]) -> None:
@@ -103,7 +102,7 @@ def _check_rows(door: Door, words: Tensor, shape: tuple[int, int, int]) -> None:
             f" {across}; they are {list(words.stride())}."
         ),
     )
-    door.require(4 * N * row < _LIMIT, lambda: f"An expert of w_packed must have less than 4 GiB, it has {4 * N * row}.")
+    door.require(4 * N * row < _LIMIT, lambda: f"w_packed must have less than 4 GiB an expert, it has {4 * N * row}.")
 
 
 # -- fake --------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ choices of each token. With few the activation is a launch of its own, and W2 ad
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -22,23 +20,11 @@ from inductor_ext.kernels.hip import dot, linear, moe, objects, profile, routing
 
 NAME = "hip"
 CHECKS_WEIGHTS = False
-SWITCH = "INDUCTOR_EXT_MOE_HIP"
-"""Unset: these kernels where they can. 0: never. 1: they or an error (see oracle.choose)."""
 
 usable = runtime.why_unusable
 
 
-def switched() -> str:
-    """What SWITCH says: "", "0" or "1". Raises ValueError if it is something else."""
-    value = os.environ.get(SWITCH, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{SWITCH} must be 0 (never), 1 (required) or unset, it is {value!r}.")
-    return value
-
-
 def reject(problem: MoeProblem) -> str | None:
-    if switched() == "0":
-        return f"The kernels are switched off: {SWITCH} is 0."
     if problem.op != "moe":
         return f"The kernel computes moe, not {problem.op}."
     if problem.device != "cuda" or not problem.arch.startswith("gfx"):
@@ -66,26 +52,32 @@ def reject(problem: MoeProblem) -> str | None:
 
 
 def pack(weight: PackedInt4, experts: int) -> Packed:
-    each = weight.N // experts
-    packed = None
+    N, K = weight.N // experts, weight.K
+    groups = (experts, weight.scales.shape[1], N)
+    packed = Packed(
+        weight.codes.new_empty(experts, K // 8, N),
+        weight.scales.new_empty(groups),
+        None if weight.zeros is None else weight.zeros.new_empty(groups),
+        None,
+    )
     for e in range(experts):
-        rows = slice(e * each, (e + 1) * each)
+        rows = slice(e * N, (e + 1) * N)
         zeros = None if weight.zeros is None else weight.zeros[rows]
         one = linear.pack(PackedInt4(weight.codes[rows], weight.scales[rows], zeros))
-        if packed is None:
-            packed = Packed(*(None if t is None else t.new_empty(experts, *t.shape) for t in one))
-        for whole, part in zip(packed, one, strict=True):
-            if whole is not None and part is not None:
-                whole[e] = part
-    assert packed is not None
+        packed.qweight[e], packed.scales[e] = one.qweight, one.scales
+        if packed.zeros is not None and one.zeros is not None:
+            packed.zeros[e] = one.zeros
     return packed
 
 
 def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
     each = [
-        linear.unpack(Packed(*(None if t is None else t[e] for t in packed)), N, K, group_size)
+        linear.unpack(
+            Packed(packed.qweight[e], packed.scales[e], None if packed.zeros is None else packed.zeros[e], None),
+            N, K, group_size,
+        )
         for e in range(packed.qweight.shape[0])
-    ]
+    ]  # fmt: skip
     zeros = None if packed.zeros is None else torch.cat([w.zeros for w in each if w.zeros is not None])
     return PackedInt4(torch.cat([w.codes for w in each]), torch.cat([w.scales for w in each]), zeros)
 
@@ -138,7 +130,7 @@ def height(slots: int, experts: int, few: bool) -> int:
 
 
 def _few(x: Tensor, routed: Routing, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> Tensor:  # noqa: E741
-    (T, k), E, slots = routed.topk_ids.shape, w13.qweight.shape[0], routed.topk_ids.numel()
+    k, E, slots = routed.topk_ids.shape[1], w13.qweight.shape[0], routed.topk_ids.numel()
     blocks = routing.route(routed, E, height(slots, routed.number, True))
     weights = routed.topk_weights.view(-1)
     weigh_x = mlp.apply_router_weight_on_input

@@ -66,7 +66,8 @@ def route(routing: Routing, E: int, height: int) -> Blocks:
     slots, device = routing.topk_ids.numel(), routing.topk_ids.device
     blocks = min(slots, slots // height + min(E, slots))
     made = torch.empty(blocks * height + blocks + 1, dtype=torch.int32, device=device)
-    found = Blocks(*made.split([blocks * height, blocks, 1]), height)
+    in_order, experts, end = made.split([blocks * height, blocks, 1])
+    found = Blocks(in_order, experts, end, height)
     args = _RouteArgs(_ids(routing, E), *map(dot.pointer, found[:3]), slots, height, blocks)
     runtime.launch(device, "route", args, (E, 1, 1), _THREADS)
     return found

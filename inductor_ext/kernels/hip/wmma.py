@@ -9,6 +9,7 @@ import enum
 import torch
 from torch import Tensor
 
+from inductor_ext.formats import EXLLAMA, PackedInt4
 from inductor_ext.kernels.gpu.workspace import counters
 from inductor_ext.kernels.hip import dot, runtime
 
@@ -80,7 +81,23 @@ class Act:
     activation: str | None = None
     gate_up: str = "none"
     alpha: float = 1.0
-    limit: float | None = None
+    limit: float = float("inf")
+
+
+def by_row(weight: PackedInt4, experts: int, arch: str) -> Weight:
+    """The rows of all experts, one expert after the other, in the field's layout for its WMMA kernel, which knows no
+    zeros but 8.
+
+    On gfx1151 rows of a multiple of 1024 bytes lie 128 bytes further apart: its caches put such rows in the same place.
+    """
+    if weight.zeros is not None or weight.order is not None:
+        raise ValueError("The layout by row has neither zeros nor an order.")
+    N, across = weight.N // experts, weight.K // 8
+    apart = across + (32 if arch == "gfx1151" and across % 256 == 0 else 0)
+    words = torch.zeros(experts * N, apart, dtype=torch.int32, device=weight.codes.device)
+    for rows, block in weight.blocks():
+        words[rows, :across] = EXLLAMA.pack(block.stored_codes(), 1)
+    return Weight(words.view(experts, N, apart)[..., :across], weight.scales.view(experts, N, -1), by_row=True)
 
 
 def gemm(
@@ -88,7 +105,7 @@ def gemm(
 ) -> None:
     """As dense.gemm."""
     M = x.shape[0]
-    height = next((h for h in HEIGHTS if M <= h), HEIGHTS[-1])
+    height = next((h for h in HEIGHTS if h >= M), HEIGHTS[-1])
     _launch(x, Weight(words[None], scales[None], zeros, kind, bias), None, Act(), out, height, -(-M // height), 1)
 
 
@@ -118,14 +135,15 @@ def _launch(
     if splits > 1:
         partials = torch.empty(splits, out.shape[0], N, dtype=torch.float32, device=x.device)
         arrived = counters(blocks * across * (height // 8), x.device)
+    given = (x, weight.words, weight.scales, weight.zeros, weight.bias)
     routing = (None, None, None) if slots is None else (slots.sorted, slots.experts, slots.weights)
-    float32 = torch.float32
+    weigh = Weigh.NOTHING if slots is None else slots.weigh
     args = WmmaArgs(
-        *map(dot.pointer, (x, weight.words, weight.scales, weight.zeros, weight.bias, *routing, out, partials, arrived)),
+        *map(dot.pointer, (*given, *routing, out, partials, arrived)),
         K, N, K // groups, weight.words.stride(-2), weight.words.shape[0], *out.shape, per_row,
-        blocks, splits, stages, weight.kind, slots.weigh if slots else 0, GATE_UP[act.gate_up], ACTIVATIONS[act.activation],
-        weight.bias is not None and weight.bias.dtype == float32, out.dtype == float32,
-        act.alpha, float("inf") if act.limit is None else act.limit,
+        blocks, splits, stages, weight.kind, weigh, GATE_UP[act.gate_up], ACTIVATIONS[act.activation],
+        weight.bias is not None and weight.bias.dtype == torch.float32, out.dtype == torch.float32,
+        act.alpha, act.limit,
     )  # fmt: skip
     variant = "by_row" if weight.by_row else f"r{height // 16}"
     name = f"wmma_{dot.NAMES[x.dtype]}_{variant}_k{stage}"
