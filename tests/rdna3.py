@@ -61,8 +61,8 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int = 0, mean: float = 0.0) -> 
 
 
 def cancelling(w: Weight, M: int) -> Tensor:
-    """Activations, and a change of the weight, for which the last third of k takes off again what the first third gives,
-    and that is large: the result's bits tell in which order parts of k were added up."""
+    """Activations, and a change of the weight, for which the last third of k takes off again what the first third
+    gives, and that is large: the result's bits tell in which order parts of k were added up."""
     for part in (w.words, w.zeros, w.scales):
         third = part.shape[0] // 3
         part[2 * third :] = part[:third]

@@ -33,7 +33,7 @@ extern "C" const char* launch(const char* name, const u32* grid, u32 threads, co
 
 
 def built(source: str, keep: str, change: tuple[str, str, str] | None, folder: Path) -> ctypes.CDLL:
-    """One kernel of a source, that with ``keep`` in its last lines, after a change: file, what was there, what is."""
+    """One kernel of a source, that with ``keep`` in a line at its end, after a change: file, what was there, what is."""
     shutil.copytree(toolchain.HERE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     if change is not None:
         name, before, after = change
@@ -41,7 +41,7 @@ def built(source: str, keep: str, change: tuple[str, str, str] | None, folder: P
         assert before in text, f"{name} has no {before!r} to change"
         (folder / name).write_text(text.replace(before, after))
     kernels = (folder / source).read_text()
-    whole = re.sub(r"^[A-Z]+\((?!.*%s).*\)$" % re.escape(keep), "", kernels, flags=re.MULTILINE)
+    whole = re.sub(rf"^[A-Z]+\((?!{re.escape(keep)}).*\)$", "", kernels, flags=re.MULTILINE)
     (folder / source).write_text(whole + LAUNCH)
     compiler, compiled, library = toolchain.find(), folder / "mutant.o", folder / "mutant.so"
     flags = (*toolchain.CPU, *compiler.cpu, "-O1", f"-I{folder}", f"-I{hip_lanes.HERE}", "-c")
@@ -126,30 +126,90 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    Mutant("no barrier before sums are read", a_linear, "dot.h", "[lane()] = y[m];\n        barrier();", "[lane()] = y[m];"),
+    Mutant(
+        "no barrier before sums are read", a_linear, "dot.h", "[lane()] = y[m];\n        barrier();", "[lane()] = y[m];"
+    ),
     Mutant("no barrier after sums were read", a_linear, "dot.h", "[m][lane()];\n        barrier();", "[m][lane()];"),
-    Mutant("a code in a neighbour's place", a_linear, "dot.h", "add(2, H::template pair<2>(words))", "add(2, H::template pair<3>(words))"),
+    Mutant(
+        "a code in a neighbour's place",
+        a_linear,
+        "dot.h",
+        "add(2, H::template pair<2>(words))",
+        "add(2, H::template pair<3>(words))",
+    ),
     Mutant("halves of a pair changed places", a_linear, "codes.h", "4 * p - 4 & 31", "4 * p + 12 & 31"),
     Mutant("zeros off by one", a_linear, "dot.h", "? 0x01010101 : 0", "? 0 : 0x01010101"),
     Mutant("zeros of the next columns", a_linear, "dot.h", "bytes >> 8 * c & 255", "bytes >> 8 * (c ^ 1) & 255"),
     Mutant("the wrong group within a wave", a_linear, "dot.h", "left = steps - step % steps;", "left = steps;"),
     Mutant("a group one step late", a_linear, "dot.h", "const i32 next = left == 0;", "const i32 next = left < 0;"),
-    Mutant("a sum of x of the step before", a_linear, "dot.h", "x = next;\n        summands = sums.fetch(x);", "summands = sums.fetch(x);\n        x = next;"),
-    Mutant("rows changed places in the sums of x", a_linear, "dot.h", "read_lane(sum, m * LANES)", "read_lane(sum, (m ^ 1) * LANES)"),
-    Mutant("codes fetched beyond the last step", a_linear, "dot.h", "const i32 more = left > 1;", "const i32 more = 1;"),
+    Mutant(
+        "a sum of x of the step before",
+        a_linear,
+        "dot.h",
+        "x = next;\n        summands = sums.fetch(x);",
+        "summands = sums.fetch(x);\n        x = next;",
+    ),
+    Mutant(
+        "rows changed places in the sums of x",
+        a_linear,
+        "dot.h",
+        "read_lane(sum, m * LANES)",
+        "read_lane(sum, (m ^ 1) * LANES)",
+    ),
+    Mutant(
+        "codes fetched beyond the last step", a_linear, "dot.h", "const i32 more = left > 1;", "const i32 more = 1;"
+    ),
     Mutant("columns beyond the last one", a_linear, "dot.h", "n = least(n, w.N - COLUMNS);", ""),
-    Mutant("splits added up as they arrive", a_linear_in_any_order, "arrive.h", "from + i * pitch", "from + (i + block_y() + 1) % parts * pitch"),
-    Mutant("choices added up as they arrive", experts_added_up_in_any_order, "moe.hip", "for (i32 i = 0; i < parts; ++i) {", "for (i32 o = 0; o < parts; ++o) { const i32 i = (o + block_x() + block_y()) % parts;"),
+    Mutant(
+        "splits added up as they arrive",
+        a_linear_in_any_order,
+        "arrive.h",
+        "from + i * pitch",
+        "from + (i + block_y() + 1) % parts * pitch",
+    ),
+    Mutant(
+        "choices added up as they arrive",
+        experts_added_up_in_any_order,
+        "moe.hip",
+        "for (i32 i = 0; i < parts; ++i) {",
+        "for (i32 o = 0; o < parts; ++o) {\n        const i32 i = (o + block_x() + block_y()) % parts;",
+    ),
     Mutant("a counter that is not zero again", experts, "arrive.h", "if (thread() % WAVE == 0) *counter = 0;", ""),
-    Mutant("a tile's counter that is not zero again", experts_added_up, "moe.hip", "if (thread() == 0) args.counters[tile] = 0;", ""),
+    Mutant(
+        "a tile's counter that is not zero again",
+        experts_added_up,
+        "moe.hip",
+        "if (thread() == 0) args.counters[tile] = 0;",
+        "",
+    ),
     Mutant("marks that stay", experts_added_up, "moe.hip", "marks[i] = 0;", ""),
-    Mutant("parts that nobody wrote", experts_added_up, "moe.hip", "sum = mark ? sum + part : sum;", "sum = sum + part;"),
-    Mutant("blocks of nobody that do not arrive", experts_added_up, "moe.hip", "    if (later.marks)", "    if (expert >= 0 && later.marks)"),
-    Mutant("no barrier before the last block is known", experts_added_up, "moe.hip", "args.counters + tile, 1);\n    }\n    barrier();", "args.counters + tile, 1);\n    }"),
+    Mutant(
+        "parts that nobody wrote", experts_added_up, "moe.hip", "sum = mark ? sum + part : sum;", "sum = sum + part;"
+    ),
+    Mutant(
+        "blocks of nobody that do not arrive",
+        experts_added_up,
+        "moe.hip",
+        "    if (later.marks)",
+        "    if (expert >= 0 && later.marks)",
+    ),
+    Mutant(
+        "no barrier before the last block is known",
+        experts_added_up,
+        "moe.hip",
+        "args.counters + tile, 1);\n    }\n    barrier();",
+        "args.counters + tile, 1);\n    }",
+    ),
     Mutant("the weight of another choice", experts, "moe.hip", "args.weights[slots[m]]", "args.weights[block * M + m]"),
-    Mutant("padding that is stored", experts_whose_k_is_whole, "moe.hip", "static_cast<u32>(slots[m]) < static_cast<u32>(args.slots) && n", "n"),
+    Mutant(
+        "padding that is stored",
+        experts_whose_k_is_whole,
+        "moe.hip",
+        "static_cast<u32>(slots[m]) < static_cast<u32>(args.slots) && n",
+        "n",
+    ),
     Mutant("what was in c is lost", experts_added_up, "moe.hip", "wide4<T>(*place) + values", "values - values"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
