@@ -76,11 +76,13 @@ class BuildHip(Command):
     """Compiles the AMD kernels into the package, where there is a compiler for them; else `doctor` says so."""
 
     description = "compile the AMD kernels"
+    user_options = [("inplace", "i", "write the code objects into the source tree")]  # noqa: RUF012  setuptools' way
+    boolean_options = ["inplace"]  # noqa: RUF012
     editable_mode = False
     build_lib = None
 
     def initialize_options(self) -> None:
-        pass
+        self.inplace = False
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
@@ -103,7 +105,7 @@ class BuildHip(Command):
             ) from error
 
     def folder(self) -> Path:
-        home = Path() if self.editable_mode else Path(self.build_lib)
+        home = Path() if self.inplace or self.editable_mode else Path(self.build_lib)
         return home / "inductor_ext" / "kernels" / "hip" / "objects"
 
     def get_source_files(self) -> list[str]:
@@ -117,7 +119,7 @@ class BuildHip(Command):
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_hip", None)]  # noqa: RUF012  as setuptools has it
+    sub_commands = [*build.sub_commands, ("build_hip", None)]  # noqa: RUF012
 
 
 class PlatformWheel(bdist_wheel):

@@ -1,6 +1,9 @@
 """One thread for every test: the tensors are small, and on a busy machine threads wait for each other longer than they
 work."""
 
+from collections.abc import Iterator
+
+import hip_lanes
 import pytest
 import torch
 from models import Calls
@@ -12,3 +15,13 @@ torch.set_num_threads(1)
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the kernels are asked to do during the test."""
     return Calls(monkeypatch)
+
+
+@pytest.fixture(params=hip_lanes.places())
+def hip_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the AMD kernels' tensors go: to the CPU, with a stand-in for a gfx1100, or to this machine's AMD GPU."""
+    if request.param == "gpu":
+        yield torch.device("cuda")
+        return
+    with hip_lanes.on("gfx1100"):
+        yield torch.device("cpu")

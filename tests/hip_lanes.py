@@ -1,24 +1,34 @@
-"""The AMD kernels on the CPU: builds tests/hip/runtime.cpp, a stand-in for libamdhip64 that runs them lane by lane."""
+"""The AMD kernels on the CPU: builds tests/hip/runtime.cpp, a stand-in for libamdhip64 that runs them lane by lane.
+
+with hip_lanes.on("gfx1151") as lanes:
+    ...  # whatever calls inductor_ext.kernels.hip, with CPU tensors
+lanes.launches()[0].grid
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import hashlib
+import mmap
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from filelock import FileLock
+from torch import Tensor
 
-from inductor_ext.kernels.hip import runtime
+from inductor_ext.kernels.hip import objects, runtime
 
 HERE = Path(__file__).parent / "hip"
-sys.path.append(str(HERE.parents[1] / "csrc" / "hip"))
+ROOT = HERE.parents[1]
+sys.path += [str(ROOT / "bench"), str(ROOT / "csrc" / "hip")]
 
-import toolchain  # noqa: E402  its folder is no package
+import isa  # noqa: E402, F401
+import toolchain  # noqa: E402
 
 
 class Call(NamedTuple):
@@ -102,3 +112,28 @@ def on(arch: str) -> Iterator[Lanes]:
     path = library()
     with runtime.use(path, arch):
         yield Lanes(path)
+
+
+GUARD = 1 << 20
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A contiguous copy with no memory behind it: a read past its end ends the launch; up to 15 bytes past, if its size
+    is no multiple of 16, do not."""
+    size = tensor.numel() * tensor.element_size()
+    held = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, GUARD + held + GUARD)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for at in (start, start + GUARD + held):
+        if libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(GUARD), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = GUARD + (held - size) // 16 * 16
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def places() -> list[str]:
+    """Where the kernels can run here: on lanes, and on the GPU if it is an AMD one that they are for."""
+    usable = runtime.why_unusable() is None and objects.why_unusable(runtime.arch(torch.device("cuda", 0))) is None
+    return ["lanes", "gpu"] if usable else ["lanes"]
