@@ -68,3 +68,6 @@ template <class T>
 DEVICE u16x4 rounded4(f32x4 values) {
     return u16x4{rounded<T>(values.x), rounded<T>(values.y), rounded<T>(values.z), rounded<T>(values.w)};
 }
+
+// Where zeros are: 8 everywhere; bytes [K/G, N]; nibbles [K/G, N/8], as they are or less than the zero by one.
+enum Zeros { EIGHT, BYTES, NIBBLES, NIBBLES_LESS_ONE };

@@ -9,9 +9,6 @@
 
 constexpr i32 WAVES = 8, THREADS = WAVES * WAVE, COLUMNS = 4, TILE = WAVE * COLUMNS, STEP = 32, WORDS = STEP / 8;
 
-// Where zeros are: 8 everywhere; bytes [K/G, N]; nibbles [K/G, N/8], as they are or less than the zero by one.
-enum Zeros { EIGHT, BYTES, NIBBLES, NIBBLES_LESS_ONE };
-
 struct Weight {
     const char* words;   // [K/8, N]
     const char* scales;  // [K/G, N]

@@ -87,6 +87,22 @@ DEVICE void wave_barrier() {
 
 // A value that all lanes of the wave share, in a scalar register.
 DEVICE i32 uniform(i32 value) { return __builtin_amdgcn_readfirstlane(value); }
+DEVICE const char* uniform(const char* address) {
+    const u64 value = reinterpret_cast<u64>(address);
+    return reinterpret_cast<const char*>(u64(u32(uniform(i32(value >> 32)))) << 32 | u32(uniform(i32(value))));
+}
+
+// The same address, which is in scalar registers already: what each lane adds to it stays an offset of 32 bits.
+DEVICE const char* scalar(const char* address) {
+    asm("" : "+s"(address));
+    return address;
+}
+
+// The same value, of which the compiler no longer knows where it comes from.
+DEVICE float opaque(float value) {
+    asm("" : "+v"(value));
+    return value;
+}
 
 // What lane `lane`, the same number in all lanes, holds, in a scalar register.
 DEVICE float read_lane(float value, u32 lane) { return bits<float>(__builtin_amdgcn_readlane(bits<i32>(value), lane)); }
@@ -127,6 +143,9 @@ DEVICE float shuffle_xor(float value) {
 
 // The value that lane `lane` of the wave holds.
 DEVICE u32 shuffle(u32 value, u32 lane) { return __builtin_amdgcn_ds_bpermute(lane * 4, value); }
+
+// Within one unit in the last place.
+DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
 
 // a.x * b.x + a.y * b.y + c
 DEVICE float dot2(f16x2 a, f16x2 b, float c) { return __builtin_amdgcn_fdot2(a, b, c, false); }
