@@ -117,9 +117,9 @@ def on(arch: str) -> Iterator[Lanes]:
 GUARD = 1 << 20
 
 
-def guarded(tensor: Tensor) -> Tensor:
-    """A contiguous copy with no memory behind it: a read past its end ends the launch; up to 15 bytes past, if its size
-    is no multiple of 16, do not."""
+def guarded(tensor: Tensor, end: bool = True) -> Tensor:
+    """A contiguous copy with no memory behind it, or with ``end=False`` before it: a read past its end ends the launch;
+    up to 15 bytes past, if its size is no multiple of 16, do not."""
     size = tensor.numel() * tensor.element_size()
     held = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, GUARD + held + GUARD)
@@ -128,7 +128,7 @@ def guarded(tensor: Tensor) -> Tensor:
     for at in (start, start + GUARD + held):
         if libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(GUARD), 0):
             raise OSError(ctypes.get_errno(), "mprotect")
-    offset = GUARD + (held - size) // 16 * 16
+    offset = GUARD + ((held - size) // 16 * 16 if end else 0)
     copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
 

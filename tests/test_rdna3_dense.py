@@ -9,7 +9,7 @@ import dense
 import hip_lanes
 import pytest
 import torch
-from guarded import guarded
+from hip_lanes import guarded
 from rdna3 import DTYPES, Weight, cancelling, drawn, gemm, right
 
 import inductor_ext.ops

@@ -8,7 +8,7 @@ import hip_lanes
 import pytest
 import torch
 import torch.nn.functional as F
-from guarded import guarded
+from hip_lanes import guarded
 from rdna3 import DTYPES, Routed, Weight, drawn, moe_gemm, right
 
 from inductor_ext.kernels.hip import moe as launches

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import hip_lanes
 import pytest
 import torch
-from guarded import guarded
-from hip_lanes import toolchain
+from hip_lanes import guarded, toolchain
 from rdna3 import Routed, Weight, cancelling, drawn, moe_gemm, right
 
 from inductor_ext.kernels.hip import dense, dot, moe, runtime
@@ -33,7 +32,7 @@ extern "C" const char* launch(const char* name, const u32* grid, u32 threads, co
 
 
 def built(source: str, keep: str, change: tuple[str, str, str] | None, folder: Path) -> ctypes.CDLL:
-    """One kernel of a source, that with ``keep`` in a line at its end, after a change: file, what was there, what is."""
+    """One kernel of a source, the one with ``keep`` at its end, after a change: file, what was there, what is."""
     shutil.copytree(toolchain.HERE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     if change is not None:
         name, before, after = change
