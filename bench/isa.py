@@ -59,7 +59,8 @@ class Kernel:
     name: str
     vgprs: int
     sgprs: int
-    spills: int
+    vgpr_spills: int
+    sgpr_spills: int
     scratch: int
     """Bytes a lane."""
     lds: int
@@ -109,7 +110,8 @@ def _kernel(text: str, told: dict[str, str]) -> Kernel:
         name,
         vgprs=int(told["vgpr_count"]),
         sgprs=int(told["sgpr_count"]),
-        spills=int(told["vgpr_spill_count"]) + int(told["sgpr_spill_count"]),
+        vgpr_spills=int(told["vgpr_spill_count"]),
+        sgpr_spills=int(told["sgpr_spill_count"]),
         scratch=int(told["private_segment_fixed_size"]),
         lds=int(told["group_segment_fixed_size"]),
         threads=int(told["max_flat_workgroup_size"]),

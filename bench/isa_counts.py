@@ -1,7 +1,8 @@
 """What the compiler made of the AMD kernels: `python bench/isa_counts.py [part of a kernel's name]`.
 
-A row for every kernel and architecture: registers, spills, LDS, waves a SIMD, and the instructions of the hot loop by
-kind, with how many come to one WMMA or dot. Needs the compiler alone; says nothing of time.
+A row for every kernel and architecture: registers, spills (of vector + of scalar ones), LDS, waves a SIMD, and the
+instructions of the hot loop by kind, with how many come to one WMMA or dot. Needs the compiler alone; says nothing of
+time.
 """
 
 import argparse
@@ -36,7 +37,8 @@ def main() -> None:
 
 def row(kernel: isa.Kernel, arch: str) -> list[str]:
     hot = kernel.hot
-    facts = (kernel.vgprs, kernel.sgprs, kernel.spills, kernel.scratch, kernel.lds, f"{kernel.waves(arch):g}", hot.size)
+    spills = f"{kernel.vgpr_spills}+{kernel.sgpr_spills}"
+    facts = (kernel.vgprs, kernel.sgprs, spills, kernel.scratch, kernel.lds, f"{kernel.waves(arch):g}", hot.size)
     each = f"{hot.size / hot.products:.1f}" if hot.products else "-"
     return [kernel.name, arch, *map(str, facts), *(str(hot.kinds[kind] or "-") for kind in KINDS), each]
 

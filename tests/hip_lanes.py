@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from inductor_ext.kernels.hip import objects, runtime
 
@@ -110,6 +112,25 @@ def on(arch: str) -> Iterator[Lanes]:
     path = library()
     with runtime.use(path, arch):
         yield Lanes(path)
+
+
+GUARD = 1 << 20
+
+
+def guarded(tensor: Tensor, end: bool = True) -> Tensor:
+    """A contiguous copy with no memory behind it, or with ``end=False`` before it: a read past its end ends the launch;
+    up to 15 bytes past, if its size is no multiple of 16, do not."""
+    size = tensor.numel() * tensor.element_size()
+    held = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, GUARD + held + GUARD)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for at in (start, start + GUARD + held):
+        if libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(GUARD), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = GUARD + ((held - size) // 16 * 16 if end else 0)
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 def places() -> list[str]:

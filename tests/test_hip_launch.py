@@ -91,6 +91,45 @@ def test_kernels_go_to_the_current_stream(lanes: Lanes, monkeypatch: pytest.Monk
     assert lanes.launches()[0].stream == 0x1234
 
 
+def test_the_library_and_the_stream_are_torchs(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch for ROCm: the stand-in has the library's name, and this process has loaded it."""
+
+    class Seen:
+        gcnArchName = "gfx1100:sramecc-:xnack-"
+
+    monkeypatch.setattr(runtime, "_stand_in", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Seen)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0x5678, raising=False)
+    cached = (runtime._torchs, runtime._arch)
+    for function in cached:
+        function.cache_clear()
+    try:
+        x = torch.randn(50)
+        assert torch.equal(probe(x, torch.device("cuda", 0)), 3 * x)
+        assert runtime.why_unusable() is None
+    finally:
+        for function in cached:
+            function.cache_clear()
+    (loaded,) = (call for call in lanes.calls() if call.what == "hipModuleLoadData")
+    assert loaded.data == (objects.FOLDER / "gfx1100.co").read_bytes()
+    assert lanes.launches()[0].stream == 0x5678
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime._hip(), "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be loaded while a graph is captured"):
+        probe(torch.randn(8))
+    assert not lanes.calls()
+    monkeypatch.setattr(runtime._hip(), "capturing", lambda: False)
+    runtime.prepare(CPU)
+    monkeypatch.setattr(runtime._hip(), "capturing", lambda: True)
+    x = torch.randn(8)
+    assert torch.equal(probe(x), 3 * x)
+
+
 def test_each_device_has_its_own_module_and_the_current_one_stays(lanes: Lanes) -> None:
     x = torch.randn(100)
     for index in (0, 1, 0, 1):
@@ -132,6 +171,16 @@ def test_an_unknown_error_still_says_its_number(lanes: Lanes) -> None:
 def test_reading_outside_of_memory_ends_the_launch(lanes: Lanes) -> None:
     with pytest.raises(RuntimeError, match=r"memory that is not there was read or written, by lane \d+ of block 0"):
         runtime.launch(CPU, "probe", ProbeArgs(8, 8, 5, 1), (1, 1, 1), 256)
+
+
+def test_a_guarded_tensor_has_nothing_behind_it(lanes: Lanes) -> None:
+    x, y = hip_lanes.guarded(torch.randn(12)), hip_lanes.guarded(torch.zeros(12))
+    runtime.launch(CPU, "probe", ProbeArgs(x.data_ptr(), y.data_ptr(), 12, 3), (1, 1, 1), 256)
+    assert torch.equal(y, 3 * x)
+    with pytest.raises(RuntimeError, match="memory that is not there"):
+        runtime.launch(CPU, "probe", ProbeArgs(x.data_ptr(), y.data_ptr(), 13, 3), (1, 1, 1), 256)
+    with pytest.raises(RuntimeError, match="memory that is not there"):
+        runtime.launch(CPU, "probe", ProbeArgs(x.data_ptr() - 8192, y.data_ptr(), 12, 3), (1, 1, 1), 256)
 
 
 def test_the_argument_must_be_the_kernels(lanes: Lanes) -> None:

@@ -210,15 +210,16 @@ DEVICE void multiply_part(const Weight& w, const Rows<M>& rows, i32 split, i32 s
 template <int M>
 DEVICE void fold(f32x4 (&y)[M]) {
     SHARED(f32x4, room, [WAVES / 2][M][WAVE]);
+    const i32 mine = wave();
 #pragma unroll
     for (i32 half = WAVES / 2; half > 0; half /= 2) {
-        if (wave() >= half && wave() < 2 * half)
+        if (mine >= half && mine < 2 * half)
 #pragma unroll
-            for (int m = 0; m < M; ++m) room[wave() - half][m][lane()] = y[m];
+            for (int m = 0; m < M; ++m) room[mine - half][m][lane()] = y[m];
         barrier();
-        if (wave() < half)
+        if (mine < half)
 #pragma unroll
-            for (int m = 0; m < M; ++m) y[m] += room[wave()][m][lane()];
+            for (int m = 0; m < M; ++m) y[m] += room[mine][m][lane()];
         barrier();
     }
 }

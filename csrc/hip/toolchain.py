@@ -54,7 +54,7 @@ class Toolchain:
 
     def assembly(self, source: Path, arch: str) -> Path:
         """The assembly text of a source."""
-        # By default the id of a compilation is made from its path: so the same sources give the same bytes in any folder.
+        # By default the id of a compilation is made from its path; so the same sources give the same bytes anywhere.
         flags = (*GPU, f"-cuid={source.stem}", f"--offload-arch={arch}", "-S")
         return self._made(source, f"{source.stem}-{arch}.s", (*self.clang, *flags, str(source)))
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from inductor_ext.ops.linear import LIB
 
 # -- schema ------------------------------------------------------------------------------------------------------------
-# Weights [K, N], contiguous: words int32 [K/8, N], codes 2 p and 2 p + 1 of a run of 8 along K in bits 4 p and 16 + 4 p;
-# scales [K/G, N] in a's dtype, float16 or bfloat16; zeros int32 [K/G, N/8], nibbles in order, holding zero - 1, or the
-# zero itself with use_v2_format. K and G are multiples of 32, G divides K, N is a multiple of 8.
+# Weights [K, N], contiguous: words int32 [K/8, N], codes 2 p and 2 p + 1 of a run of 8 along K in bits 4 p and 16 + 4 p
+# (EXLLAMA in formats.py); scales [K/G, N] in a's dtype, float16 or bfloat16; zeros int32 [K/G, N/8], nibbles in order,
+# holding zero - 1, or the zero itself with use_v2_format. K and G are multiples of 32, G divides K, N is one of 8.
 # Sums are float32, rounded once. The same arguments give the same bits.
 #
 # a [M, K] -> a new [M, N] in a's dtype.
@@ -23,10 +23,11 @@ LIB.define(
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 # Weights of E experts, E in front of each tensor; zeros are stored less one. A slot s < R top_k is a choice of an
-# expert: it multiplies row s // top_k of a [R, K] and, with mul_topk_weight, that by topk_weights[s] (float32 [R top_k],
-# or empty: ones), and is added to row s of c [R top_k, N], or to row s // output_topk of c [R top_k / output_topk, N] if
-# that is not 0. sorted_token_ids, expert_ids, num_tokens_post_padded: blocks of block_size_m (1, 2, 4, 8) slots of one
-# expert as w4a16::moe_align_block_size gives them; what belongs to no slot or no expert adds nothing.
+# expert: it multiplies row s // top_k of a [R, K] and, with mul_topk_weight, that by topk_weights[s] (float32
+# [R top_k], or empty: ones), and is added to row s of c [R top_k, N], or, if output_topk is not 0, to row
+# s // output_topk of c [R top_k / output_topk, N]. sorted_token_ids, expert_ids, num_tokens_post_padded: blocks of
+# block_size_m (1, 2, 4, 8) slots of one expert as w4a16::moe_align_block_size gives them; what belongs to no slot or no
+# expert adds nothing.
 LIB.define(
     "moe_gptq_gemm_rdna3(Tensor a, Tensor(c!) c, Tensor b_q_weight, Tensor b_scales, Tensor b_qzeros, "
     "Tensor topk_weights, Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded, int top_k, "
@@ -125,12 +126,10 @@ def _check_moe(
     for name, t in (("sorted_token_ids", sorted_token_ids), ("expert_ids", expert_ids)):
         door.require(t.dim() == 1, lambda name=name, t=t: f"{name} must have one dimension, it is {list(t.shape)}.")
         door.tensor(name, t, tuple(t.shape), torch.int32)
-    blocks = sorted_token_ids.shape[0] // block_size_m
+    blocks, experts = sorted_token_ids.shape[0] // block_size_m, expert_ids.shape[0]
     door.require(
-        expert_ids.shape[0] >= blocks,
-        lambda: (
-            f"expert_ids must have at least {blocks} elements, one a block of sorted_token_ids; it has {expert_ids.shape[0]}."
-        ),
+        experts >= blocks,
+        lambda: f"expert_ids must have an element for each of {blocks} blocks of sorted_token_ids, it has {experts}.",
     )
     door.tensor("num_tokens_post_padded", num_tokens_post_padded, (1,), torch.int32)
 

@@ -17,6 +17,7 @@ GET = (
     "To have them, install the package again with clang 18 or newer and lld at hand, or after `pip install ziglang`"
     " with --no-build-isolation."
 )
+AGAIN = "To build them again: `python setup.py build_hip --inplace`."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _manifest() -> dict[str, Any] | str:
         changed = sorted(name for name, _ in now.items() ^ manifest["sources"].items())
         if changed:
             return (
-                f"The AMD kernels are stale: {', '.join(dict.fromkeys(changed))} changed since they were built. {GET}"
+                f"The AMD kernels are stale: {', '.join(dict.fromkeys(changed))} changed since they were built. {AGAIN}"
             )
     return manifest
 

@@ -21,6 +21,7 @@ from inductor_ext.kernels.hip import objects
 Grid = tuple[int, int, int]
 
 _BUFFER, _SIZE, _END = 1, 2, 3  # HIP_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE, _END
+_Extra = c_void_p * 5
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "hipGetDevice": (POINTER(c_int),),
     "hipSetDevice": (c_int,),
@@ -41,7 +42,9 @@ class Hip:
         library.hipGetErrorString.argtypes, library.hipGetErrorString.restype = (c_int,), c_char_p
         self.library = library
         self.simulated = arch
+        # Inductor's own launches read the stream in this way: without an object for it.
         self.stream: Callable[[int], int] = (lambda index: 0) if arch else torch._C._cuda_getCurrentRawStream
+        self.capturing: Callable[[], bool] = (lambda: False) if arch else torch.cuda.is_current_stream_capturing
         self.functions: dict[int, dict[str, int]] = {}
         """By device, then by kernel."""
         self.lock = threading.Lock()
@@ -72,7 +75,7 @@ class Hip:
         with self.lock:
             if index in self.functions:
                 return self.functions[index]
-            if not self.simulated and torch.cuda.is_current_stream_capturing():
+            if self.capturing():
                 raise RuntimeError(
                     "The AMD kernels cannot be loaded while a graph is captured. Run the model once before the capture."
                 )
@@ -99,7 +102,7 @@ def launch(device: torch.device, name: str, args: ctypes.Structure, grid: Grid, 
     if function is None:
         raise RuntimeError(f"There is no kernel {name} for {arch(device)}.")
     size = c_size_t(ctypes.sizeof(args))
-    extra = (c_void_p * 5)(_BUFFER, ctypes.addressof(args), _SIZE, ctypes.addressof(size), _END)
+    extra = _Extra(_BUFFER, ctypes.addressof(args), _SIZE, ctypes.addressof(size), _END)
     what = (function, *grid, threads, 1, 1, shared, hip.stream(index), None, extra)
     if hip.current() == index:
         error = hip.library.hipModuleLaunchKernel(*what)
