@@ -100,7 +100,13 @@ MUTANTS = (
         " && static_cast<u32>(row) < static_cast<u32>(args.rows)",
         "",
     ),
-    Mutant("rows read while others write", a_linear, "epilogue.h", "            barrier();\n            each", "            each"),
+    Mutant(
+        "rows read while others write",
+        a_linear,
+        "epilogue.h",
+        "            barrier();\n            each",
+        "            each",
+    ),
     Mutant("rows written while others read", a_linear, "epilogue.h", "if (r > 0) barrier();", ""),
     Mutant("rows that do not move up", a_linear, "epilogue.h", "sums[next - 1][c] = sums[next][c];", ";"),
     Mutant(
@@ -113,14 +119,24 @@ MUTANTS = (
     Mutant("a counter that is not zero again", a_linear, "arrive.h", "if (thread() % WAVE == 0) *counter = 0;", ""),
     Mutant("a wave's parts before they are there", a_linear, "epilogue.h", "* WAVES + thread() / WAVE", "* WAVES"),
     Mutant("the row of x of another choice", experts, "wmma.h", "/ args.per_row", "% args.per_row"),
-    Mutant("experts elsewhere", experts, "wmma.h", "if (static_cast<u32>(expert) >= static_cast<u32>(args.E)) return;", ""),
-    Mutant("the first expert's scales", experts, "wmma.h", "(expert * groups + group) * args.N * 2", "group * args.N * 2"),
+    Mutant(
+        "experts elsewhere", experts, "wmma.h", "if (static_cast<u32>(expert) >= static_cast<u32>(args.E)) return;", ""
+    ),
+    Mutant(
+        "the first expert's scales", experts, "wmma.h", "(expert * groups + group) * args.N * 2", "group * args.N * 2"
+    ),
     Mutant("the first expert's bias", experts, "epilogue.h", "expert * biases", "0 * biases"),
     Mutant("the gate's bias for the up", experts, "epilogue.h", "n + args.columns)", "n)"),
-    Mutant("gate and up changed places", experts, "activation.h", "activated(activation, gate, alpha) * up", "activated(activation, up, alpha) * gate"),
+    Mutant(
+        "gate and up changed places",
+        experts,
+        "activation.h",
+        "activated(activation, gate, alpha) * up",
+        "activated(activation, up, alpha) * gate",
+    ),
     Mutant("odd columns twice", experts_interleaved, "epilogue.h", "y = evens(low, high);", "y = odds(low, high);"),
     Mutant("unweighted", experts, "epilogue.h", "args.weigh == RESULT", "args.weigh == INPUT"),
-)  # fmt: skip
+)
 
 
 @pytest.fixture
