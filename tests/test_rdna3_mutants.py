@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import hip_lanes
 import pytest
 import torch
-from hip_lanes import guarded, toolchain
+from hip_lanes import guarded
+from mutants import Mutant, built, launcher
 from rdna3 import Routed, Weight, cancelling, drawn, moe_gemm, right
 
 from inductor_ext.kernels.hip import dense, dot, moe, runtime
 
 CPU = torch.device("cpu")
-
-LAUNCH = """
-extern "C" const char* launch(const char* name, const u32* grid, u32 threads, const void* args, u64 seed) {
-    static std::string error;
-    error = "no such kernel";
-    for (const lanes::Kernel& kernel : lanes::kernels())
-        if (kernel.name == name) error = lanes::run(kernel, grid, threads, args, seed);
-    return error.c_str();
-}
-"""
-
-
-def built(source: str, keep: str, change: tuple[str, str, str] | None, folder: Path) -> ctypes.CDLL:
-    """One kernel of a source, the one with ``keep`` at its end, after a change: file, what was there, what is."""
-    shutil.copytree(toolchain.HERE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    if change is not None:
-        name, before, after = change
-        text = (folder / name).read_text()
-        assert before in text, f"{name} has no {before!r} to change"
-        (folder / name).write_text(text.replace(before, after))
-    kernels = (folder / source).read_text()
-    whole = re.sub(rf"^[A-Z]+\((?!{re.escape(keep)}).*\)$", "", kernels, flags=re.MULTILINE)
-    (folder / source).write_text(whole + LAUNCH)
-    compiler, compiled, library = toolchain.find(), folder / "mutant.o", folder / "mutant.so"
-    flags = (*toolchain.CPU, *compiler.cpu, "-O1", f"-I{folder}", f"-I{hip_lanes.HERE}", "-c")
-    toolchain.make(compiled, (*compiler.clang, *flags, str(folder / source)))
-    toolchain.make(library, (os.environ.get("CXX", "g++"), "-shared", str(compiled)))
-    found = ctypes.CDLL(str(library))
-    found.launch.restype = ctypes.c_char_p
-    return found
-
 
 # -- what is computed: each raises if something is wrong ---------------------------------------------------------------
 
@@ -114,14 +78,6 @@ PROBLEMS = (
     experts_added_up,
     experts_added_up_in_any_order,
 )
-
-
-class Mutant(NamedTuple):
-    mistake: str
-    seen_by: Callable[[], None]
-    file: str
-    before: str
-    after: str
 
 
 MUTANTS = (
@@ -227,21 +183,13 @@ def with_kernel(
     for module in (dense, moe):
         monkeypatch.setattr(module, "counters", lambda count, device: held[:count])
     monkeypatch.setattr(dot, "splits", lambda tiles, K, device: (1, 1) if K == 32 else (3, -(-K // 96)))
-    seed = iter(range(1000))
+    seeds = iter(range(1000))
 
     def use(computed: Callable[[], None], change: tuple[str, str, str] | None) -> None:
         source = "dense.hip" if computed in (a_linear, a_linear_in_any_order) else "moe.hip"
         library = built(source, "f16, 2", change, tmp_path / "hip")
 
-        def launch(
-            device: torch.device, name: str, args: ctypes.Structure, grid: tuple[int, int, int], threads: int
-        ) -> None:
-            error = library.launch(
-                name.encode(), (ctypes.c_uint32 * 3)(*grid), threads, ctypes.byref(args), ctypes.c_uint64(next(seed))
-            )
-            assert error == b"", error
-
-        monkeypatch.setattr(runtime, "launch", launch)
+        monkeypatch.setattr(runtime, "launch", launcher(library, seeds))
         computed()
         assert held.count_nonzero() == 0, "counters are not zero again"
 

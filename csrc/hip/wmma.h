@@ -170,6 +170,31 @@ struct Ring {
     };
 };
 
+// In pairs that one instruction can do: of another scale, and of another parity.
+template <int ROWS, int COLS>
+DEVICE void add_scaled(f32x8 (&sums)[ROWS][COLS], const f32x8 (&products)[ROWS][COLS], const float (&scale)[COLS]) {
+#pragma unroll
+    for (int c = 0; c < COLS; c += 2)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                sums[r][c][i] += products[r][c][i] * scale[c];
+                sums[r][c + 1][i ^ 1] += products[r][c + 1][i ^ 1] * scale[c + 1];
+            }
+}
+
+// What zeros, bytes, differ from 8 by.
+template <class T, class Stages, int ROWS, int COLS>
+DEVICE void add_zeros(f32x8 (&sums)[ROWS][COLS], const char* half, u32 zeros, const float (&scale)[COLS]) {
+#pragma unroll
+    for (int c = 0; c < COLS; ++c) {
+        const float more = static_cast<i32>(zeros >> 8 * c & 255) - 8;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[r][c] += Stages::start(half, r) * (scale[c] * more / (Half<T>::BASE + 8));
+    }
+}
+
 template <class T, int ROWS, int STAGE, class Weights>
 DEVICE void multiply_and_store(const WmmaArgs& args) {
     constexpr int COLS = columns_of(ROWS), FRAGMENTS = STAGE / 16;
@@ -235,26 +260,10 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
         }
         float scale[COLS];
 #pragma unroll
-        for (int c = 0; c < COLS; ++c) scale[c] = opaque(wide<T>(stored[c]));  // float16 in the sums below rules out pairs
-#pragma unroll
-        for (int c = 0; c < COLS; c += 2)
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {  // in pairs that one instruction can do: another scale, another parity
-                    sums[r][c][i] += products[r][c][i] * scale[c];
-                    sums[r][c + 1][i ^ 1] += products[r][c + 1][i ^ 1] * scale[c + 1];
-                }
+        for (int c = 0; c < COLS; ++c) scale[c] = opaque(wide<T>(stored[c]));  // a float16 factor rules out pairs
+        add_scaled(sums, products, scale);
         if constexpr (Weights::ZEROS)
-            if (args.kind != EIGHT) {
-                const u32 zeros = weights.zero(args);
-#pragma unroll
-                for (int c = 0; c < COLS; ++c) {
-                    const float more = static_cast<i32>(zeros >> 8 * c & 255) - 8;
-#pragma unroll
-                    for (int r = 0; r < ROWS; ++r) sums[r][c] += Stages::start(read, r) * (scale[c] * more / (Half<T>::BASE + 8));
-                }
-            }
+            if (args.kind != EIGHT) add_zeros<T, Stages>(sums, read, weights.zero(args), scale);
         if (--left == 0) {
             left = whole;
             weights.next_group(args);

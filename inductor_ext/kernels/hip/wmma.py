@@ -145,9 +145,9 @@ def _launch(
         weight.bias is not None and weight.bias.dtype == torch.float32, out.dtype == torch.float32,
         act.alpha, act.limit,
     )  # fmt: skip
-    variant = "by_row" if weight.by_row else f"r{height // 16}"
-    name = f"wmma_{dot.NAMES[x.dtype]}_{variant}_k{stage}"
-    runtime.launch(x.device, name, args, (blocks, across, splits), height * 4)
+    dtype = dot.NAMES[x.dtype]
+    name = f"by_row_{dtype}_{stage}" if weight.by_row else f"{dtype}_{height}_{stage}"
+    runtime.launch(x.device, f"wmma_{name}", args, (blocks, across, splits), height * 4)
 
 
 def _split(tiles: int, stages: int) -> tuple[int, int]:
