@@ -24,6 +24,14 @@ class Budget:
 
 
 BUDGETS = {
+    # Rows of x in scalar registers, codes in 128 bits a lane; LDS for what the waves add up alone.
+    **{
+        rf"(moe_)?gptq_gemm_rdna3_{dtype}_{rows}": Budget(
+            vgprs, 2048 * rows + 16, waves, (r"v_(dual_)?dot2\w*", "global_load_b128", r"s_load_b(128|256)")
+        )
+        for dtype in ("f16", "bf16")
+        for rows, vgprs, waves in ((1, 96, 16), (2, 96, 16), (4, 96, 16), (8, 128, 10))
+    },
     r"probe": Budget(vgprs=8, lds=0, waves=16, hot=("global_load_b32",)),
 }
 """By regular expressions of the kernels' names. Every kernel has exactly one."""

@@ -82,9 +82,15 @@ PROBLEMS = (
 
 MUTANTS = (
     Mutant(
-        "no barrier before sums are read", a_linear, "dot.h", "[lane()] = y[m];\n        barrier();", "[lane()] = y[m];"
+        "no barrier before sums are read", a_linear, "dot.h", "[lane()] = y[m];\n    barrier();", "[lane()] = y[m];"
     ),
-    Mutant("no barrier after sums were read", a_linear, "dot.h", "[m][lane()];\n        barrier();", "[m][lane()];"),
+    Mutant(
+        "no barrier before the last sums are read",
+        a_linear,
+        "dot.h",
+        "[lane()] += y[m];\n    barrier();",
+        "[lane()] += y[m];",
+    ),
     Mutant(
         "a code in a neighbour's place",
         a_linear,
@@ -93,7 +99,7 @@ MUTANTS = (
         "add(2, H::template pair<3>(words))",
     ),
     Mutant("halves of a pair changed places", a_linear, "codes.h", "4 * p - 4 & 31", "4 * p + 12 & 31"),
-    Mutant("zeros off by one", a_linear, "dot.h", "? 0x01010101 : 0", "? 0 : 0x01010101"),
+    Mutant("zeros off by one", a_linear, "dot.h", "BASE + (w.kind == NIBBLES_LESS_ONE)", "BASE"),
     Mutant("zeros of the next columns", a_linear, "dot.h", "bytes >> 8 * c & 255", "bytes >> 8 * (c ^ 1) & 255"),
     Mutant("the wrong group within a wave", a_linear, "dot.h", "left = steps - step % steps;", "left = steps;"),
     Mutant("a group one step late", a_linear, "dot.h", "const i32 next = left == 0;", "const i32 next = left < 0;"),
@@ -145,24 +151,24 @@ MUTANTS = (
         "blocks of nobody that do not arrive",
         experts_added_up,
         "moe.hip",
-        "    if (later.marks)",
-        "    if (expert >= 0 && later.marks)",
+        "if (late.marks) gather",
+        "if (here && late.marks) gather",
     ),
     Mutant(
         "no barrier before the last block is known",
         experts_added_up,
         "moe.hip",
-        "args.counters + tile, 1);\n    }\n    barrier();",
-        "args.counters + tile, 1);\n    }",
+        "args.counters + tile, 1);\n    barrier();",
+        "args.counters + tile, 1);",
     ),
-    Mutant("the weight of another choice", experts, "moe.hip", "args.weights[slots[m]]", "args.weights[block * M + m]"),
     Mutant(
-        "padding that is stored",
-        experts_whose_k_is_whole,
+        "the weight of another choice",
+        experts,
         "moe.hip",
-        "static_cast<u32>(slots[m]) < static_cast<u32>(args.slots) && n",
-        "n",
+        "args.weights[slot]",
+        "args.weights[(slot + 1) % args.slots]",
     ),
+    Mutant("padding that is stored", experts_whose_k_is_whole, "moe.hip", "if (is_slot(late, slot)) leave", "leave"),
     Mutant("what was in c is lost", experts_added_up, "moe.hip", "wide4<T>(*place) + values", "values - values"),
 )
 
@@ -171,6 +177,8 @@ MUTANTS = (
 def with_kernel(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[[Callable[[], None], tuple[str, str, str] | None], None]:
+    # What nobody wrote is NaN.
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kinds: torch.full(shape, float("nan"), **kinds))
     held = torch.zeros(1 << 14, dtype=torch.int32)
     for module in (dense, moe):
         monkeypatch.setattr(module, "counters", lambda count, device: held[:count])

@@ -9,7 +9,7 @@ struct DenseArgs {
     const char* bias;    // [columns], or null
     char* out;           // [M, columns]
     float* partials;     // [splits, M, N], float32; with one split null
-    u32* counters;       // by tile, zero before and after; with one split null
+    u32* counters;       // by row and tile, zero before and after; with one split null
     i32 M, K, N, G;      // N: of the weight, a multiple of 8
     i32 columns;         // of the result
     i32 kind;            // of zeros
@@ -36,36 +36,27 @@ DEVICE void dense(DenseArgs args) {
     Rows<ROWS> x = {args.x + i64(first) * args.K * 2};
 #pragma unroll
     for (int m = 0; m < ROWS; ++m) x.offsets[m] = least(m, rows - 1) * args.K * 2;
-    f32x4 y[ROWS] = {};
     const Weight w = {args.words, args.scales, args.zeros, args.kind, args.K, args.N, args.G};
-    multiply_part<T, ROWS>(w, x, split, args.steps, n, y);
-    fold(y);
-    if (wave() != 0) return;
+    f32x4 sums[ROWS] = {};
+    multiply_part<T, ROWS>(w, x, split, args.steps, n, sums);
+    f32x4 y = fold(sums);
     args = again(args);
+    const i32 row = first + wave();
+    if (wave() >= ROWS || row >= args.M) return;
 
     if (args.splits > 1) {
-        if (n < args.N)
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m)
-                if (m < rows)
-                    *reinterpret_cast<f32x4*>(args.partials + (i64(split) * args.M + first + m) * args.N + n) = y[m];
-        if (!last_to_arrive(args.counters + block_x(), args.splits)) return;
-        if (n < args.N)
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m)
-                if (m < rows)
-                    y[m] = in_order(args.partials + (i64(first) + m) * args.N + n, args.splits, i64(args.M) * args.N);
+        const i64 pitch = i64(args.M) * args.N;
+        float* const parts = args.partials + i64(row) * args.N + n;
+        if (n < args.N) *reinterpret_cast<f32x4*>(parts + split * pitch) = y;
+        if (!last_to_arrive(args.counters + i64(row) * tiles + tile, args.splits)) return;
+        if (n < args.N) y = in_order(parts, args.splits, pitch);
     }
-    const u16* bias = reinterpret_cast<const u16*>(args.bias);
+    if (n >= args.columns) return;
+    if (args.bias)
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c)
-        if (bias && n + c < args.columns)
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m) y[m][c] += wide<T>(bias[n + c]);
-    if (n < args.columns)
-#pragma unroll
-        for (int m = 0; m < ROWS; ++m)
-            if (m < rows) store<T>(reinterpret_cast<u16*>(args.out) + i64(first + m) * args.columns + n, y[m], args.columns, n);
+        for (int c = 0; c < COLUMNS; ++c)
+            if (n + c < args.columns) y[c] += wide<T>(reinterpret_cast<const u16*>(args.bias)[n + c]);
+    store<T>(reinterpret_cast<u16*>(args.out) + i64(row) * args.columns + n, y, args.columns, n);
 }
 
 #define DENSE(type, rows, waves) \

@@ -39,10 +39,11 @@ struct Groups {
     };
     const char *scales, *zeros;
     i32 columns, n, steps, left;
-    u32 less;  // than the zero are nibbles by this, in each byte
+    u32 more;  // what is stored lacks this to BASE + zero, in each byte
 
     DEVICE Groups(const Weight& w, i32 step, i32 n)
-        : columns(w.N), n(n), steps(w.G / STEP), less(w.kind == NIBBLES_LESS_ONE ? 0x01010101 : 0) {
+        : columns(w.N), n(n), steps(w.G / STEP), more(Half<T>::BASE + (w.kind == NIBBLES_LESS_ONE)) {
+        more *= 0x01010101;
         const i32 group = step / steps;
         left = steps - step % steps;
         scales = w.scales + i64(group) * columns * 2;
@@ -61,11 +62,12 @@ struct Groups {
         u32 bytes = raw.zeros;
         if (Z == NIBBLES) {
             bytes = (bytes | bytes << 8) & 0x00ff00ff;
-            bytes = ((bytes | bytes << 4) & 0x0f0f0f0f) + less;
+            bytes = (bytes | bytes << 4) & 0x0f0f0f0f;
         }
+        bytes += more;
         f32x4 all;
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) all[c] = Half<T>::BASE + static_cast<float>(bytes >> 8 * c & 255);
+        for (int c = 0; c < COLUMNS; ++c) all[c] = static_cast<float>(bytes >> 8 * c & 255);
         return all;
     }
     // So many steps on, 0 or 1.
@@ -169,7 +171,7 @@ DEVICE void multiply(const Weight& w, const Rows<M>& rows, i32 first, i32 last, 
 #pragma unroll 1
     for (i32 left = last - first; left > 0; --left) {
         const i32 more = left > 1;  // the last step fetches itself once more
-        const auto group = raw;
+        const f32x4 scales = wide4<T>(raw.scales), bases = groups.bases(raw);
         groups.advance(more);
         raw = groups.fetch();
         words += more ? WORDS * u64(pitch) : 0;
@@ -189,7 +191,6 @@ DEVICE void multiply(const Weight& w, const Rows<M>& rows, i32 first, i32 last, 
         sums.add(summands, sum);
         x = next;
         summands = sums.fetch(x);
-        const f32x4 scales = wide4<T>(group.scales), bases = groups.bases(group);
 #pragma unroll
         for (int m = 0; m < M; ++m) y[m] += scales * (products[m] - bases * sum[m]);
     }
@@ -206,20 +207,22 @@ DEVICE void multiply_part(const Weight& w, const Rows<M>& rows, i32 split, i32 s
     return multiply<T, M, NIBBLES>(w, rows, first, last, n, y);
 }
 
-// What the waves have, added up in a fixed order: wave 0 has it in the end.
+// The sum of what the waves have, added up in a fixed order: wave m gets row m, waves from M on nothing.
 template <int M>
-DEVICE void fold(f32x4 (&y)[M]) {
+DEVICE f32x4 fold(const f32x4 (&y)[M]) {
     SHARED(f32x4, room, [WAVES / 2][M][WAVE]);
     const i32 mine = wave();
+    if (mine >= WAVES / 2)
 #pragma unroll
-    for (i32 half = WAVES / 2; half > 0; half /= 2) {
-        if (mine >= half && mine < 2 * half)
+        for (int m = 0; m < M; ++m) room[mine - WAVES / 2][m][lane()] = y[m];
+    barrier();
+    if (mine < WAVES / 2)
 #pragma unroll
-            for (int m = 0; m < M; ++m) room[mine - half][m][lane()] = y[m];
-        barrier();
-        if (mine < half)
+        for (int m = 0; m < M; ++m) room[mine][m][lane()] += y[m];
+    barrier();
+    f32x4 sum = {};
+    if (mine < M)
 #pragma unroll
-            for (int m = 0; m < M; ++m) y[m] += room[mine][m][lane()];
-        barrier();
-    }
+        for (int i = 0; i < WAVES / 2; ++i) sum += room[i][mine][lane()];
+    return sum;
 }

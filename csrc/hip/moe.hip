@@ -18,7 +18,7 @@ struct MoeArgs {
     char* out;            // [slots / together, N]: added to; or float32, written
     float* partials;      // [slots, splits, N]; null if a slot's sum goes straight to its row
     u32* marks;           // [tiles, slots, splits], zero before and after; null with one slot a row
-    u32* counters;        // by block and tile, or by tile; zero before and after
+    u32* counters;        // by slot and tile, with marks by tile; zero before and after
     i32 K, N, G, E;
     i32 kind;             // of zeros
     i32 slots, per_row;   // slots that share a row of x
@@ -62,10 +62,9 @@ DEVICE bool add_up(const MoeArgs& args, i32 row, i32 tile, i32 n, f32x4& sum) {
 template <class T>
 DEVICE void gather(const MoeArgs& args, i32 tile, i32 n) {
     SHARED(u32, before, [1]);
-    if (wave() == 0) {
-        wave_barrier();
-        if (lane() == 0) before[0] = count(args.counters + tile, 1);
-    }
+    release();
+    barrier();
+    if (thread() == 0) before[0] = count(args.counters + tile, 1);
     barrier();
     if (before[0] != static_cast<u32>(args.blocks * args.splits) - 1) return;
     acquire();
@@ -76,48 +75,41 @@ DEVICE void gather(const MoeArgs& args, i32 tile, i32 n) {
     }
 }
 
+DEVICE bool is_slot(const MoeArgs& args, i32 slot) { return static_cast<u32>(slot) < static_cast<u32>(args.slots); }
+
+// For wave m < M: the sums of slot m of a block of this expert.
 template <class T, int M>
-DEVICE void block_of_slots(MoeArgs args, i32 block, i32 tile, i32 n, i32 expert) {
-    const i32 split = block_y();
-    i32 slots[M];
+DEVICE f32x4 multiplied(const MoeArgs& args, i32 block, i32 n, i32 expert) {
     Rows<M> x = {args.x};
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-        slots[m] = scalar_load<i32>(args.sorted, (block * M + m) * 4);
-        const i32 slot = static_cast<u32>(slots[m]) < static_cast<u32>(args.slots) ? slots[m] : 0;  // padding: any row
-        x.offsets[m] = slot / args.per_row * (args.K * 2);
+        const i32 slot = scalar_load<i32>(args.sorted, (block * M + m) * 4);
+        x.offsets[m] = (is_slot(args, slot) ? slot : 0) / args.per_row * (args.K * 2);  // padding: any row
     }
     const i64 words = i64(args.K / 8) * args.N, groups = i64(args.K / args.G) * args.N;
     const i32 bits_of_a_zero = args.kind == EIGHT ? 0 : args.kind == BYTES ? 8 : 4;
     const Weight w = {args.words + expert * words * 4, args.scales + expert * groups * 2,
                       args.zeros + expert * groups * bits_of_a_zero / 8, args.kind, args.K, args.N, args.G};
-    f32x4 y[M] = {};
-    multiply_part<T, M>(w, x, split, args.steps, n, y);
-    fold(y);
-    if (wave() != 0) return;
-    args = again(args);
-#pragma unroll
-    for (int m = 0; m < M; ++m) slots[m] = scalar_load<i32>(args.sorted, (block * M + m) * 4);
-    if (args.weights)
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-            if (static_cast<u32>(slots[m]) < static_cast<u32>(args.slots)) y[m] *= args.weights[slots[m]];
-    const auto every = [&](auto&& act) {
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-            if (static_cast<u32>(slots[m]) < static_cast<u32>(args.slots) && n < args.N) act(m, i64(slots[m]) * args.splits);
-    };
-    if (args.partials)
-        every([&](int m, i64 part) {
-            *reinterpret_cast<f32x4*>(args.partials + (part + split) * args.N + n) = y[m];
-            if (args.marks && lane() == 0) args.marks[i64(tile) * args.slots * args.splits + part + split] = 1;
-        });
-    if (args.marks) return;
-    if (args.partials) {
-        if (!last_to_arrive(args.counters + block_x(), args.splits)) return;
-        every([&](int m, i64 part) { y[m] = in_order(args.partials + part * args.N + n, args.splits, args.N); });
+    f32x4 sums[M] = {};
+    multiply_part<T, M>(w, x, block_y(), args.steps, n, sums);
+    return fold(sums);
+}
+
+// What a wave has of a slot, to its row, or to where the last block finds it.
+template <class T>
+DEVICE void leave(const MoeArgs& args, i32 slot, i32 tile, i32 n, f32x4 y) {
+    if (args.weights) y *= args.weights[slot];
+    const i64 part = i64(slot) * args.splits + block_y();
+    if (args.partials && n < args.N) *reinterpret_cast<f32x4*>(args.partials + part * args.N + n) = y;
+    if (args.marks) {
+        if (lane() == 0) args.marks[i64(tile) * args.slots * args.splits + part] = 1;
+        return;
     }
-    every([&](int m, i64) { add_to_row<T>(args, slots[m], n, y[m]); });
+    if (args.partials) {
+        if (!last_to_arrive(args.counters + i64(slot) * ceiling(args.N, TILE) + tile, args.splits)) return;
+        if (n < args.N) y = in_order(args.partials + i64(slot) * args.splits * args.N + n, args.splits, args.N);
+    }
+    if (n < args.N) add_to_row<T>(args, slot, n, y);
 }
 
 template <class T, int M>
@@ -125,9 +117,15 @@ DEVICE void moe(const MoeArgs& args) {
     const i32 tiles = ceiling(args.N, TILE), block = block_x() / tiles, tile = block_x() % tiles;
     const i32 n = tile * TILE + lane() * COLUMNS;
     const i32 expert = block * M < scalar_load<i32>(args.end) ? scalar_load<i32>(args.experts, block * 4) : -1;
-    if (static_cast<u32>(expert) < static_cast<u32>(args.E)) block_of_slots<T, M>(args, block, tile, n, expert);
-    const MoeArgs later = again(args);
-    if (later.marks) gather<T>(later, tile, n);
+    const bool here = static_cast<u32>(expert) < static_cast<u32>(args.E);
+    f32x4 y = {};
+    if (here) y = multiplied<T, M>(args, block, n, expert);
+    const MoeArgs late = again(args);
+    if (here && wave() < M) {
+        const i32 slot = uniform(load<i32>(late.sorted, (block * M + wave()) * 4));
+        if (is_slot(late, slot)) leave<T>(late, slot, tile, n, y);
+    }
+    if (late.marks) gather<T>(late, tile, n);
 }
 
 #define MOE(type, rows, waves) \

@@ -52,7 +52,8 @@ __attribute__((always_inline)) constexpr To bits(From value) {
     extern "C" __attribute__((global, amdgpu_flat_work_group_size(threads, threads), amdgpu_waves_per_eu(waves))) void name( \
         const Args args)
 
-// A kernel's argument, read again: between what is read before and after, it takes no registers.
+// A kernel's argument, read again: between what is read before and after, it takes no registers. Once in a kernel: clang
+// 19 does not compile it twice.
 template <class Args>
 DEVICE Args again(const Args&) {
     auto from = __builtin_amdgcn_kernarg_segment_ptr();
@@ -170,6 +171,8 @@ DEVICE f32x8 wmma(bf16x16 a, bf16x16 b, f32x8 c) { return __builtin_amdgcn_wmma_
 DEVICE u32 count(u32* counter, u32 by) {
     return __hip_atomic_fetch_add(counter, by, __ATOMIC_ACQ_REL, __HIP_MEMORY_SCOPE_AGENT);
 }
+// What this thread wrote is seen by whoever knows of a count that comes after, made by another thread of the block.
+DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
 // What was written before a count that this thread knows of, by whatever way, is seen after.
 DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 // The same for a counter in LDS; a barrier makes it visible.

@@ -336,6 +336,7 @@ DEVICE u32 count(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, 
 DEVICE u32 count_shared(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
 DEVICE float opaque(float value) { return value; }
 DEVICE void acquire() {}
+DEVICE void release() {}
 DEVICE void stay() {}
 template <class V>
 V anew(V value) {

@@ -28,14 +28,15 @@ def gemm(
     (M, K), N = x.shape, words.shape[1]
     x = dot.on_line(x)
     rows = dot.height(M)
-    tiles = -(-N // dot.TILE) * -(-M // rows)
+    across = -(-N // dot.TILE)
+    tiles = across * -(-M // rows)
     if tiles == 0:
         return
     splits, steps = dot.splits(tiles, K, x.device)
     partials = arrived = None
     if splits > 1:
         partials = torch.empty(splits, M, N, dtype=torch.float32, device=x.device)
-        arrived = counters(tiles, x.device)
+        arrived = counters(M * across, x.device)
     args = DenseArgs(
         *map(dot.pointer, (x, words, scales, zeros, bias, out, partials, arrived)),
         M, K, N, K // scales.shape[0], out.shape[1], kind, splits, steps,

@@ -56,10 +56,9 @@ def gemm(
     partials = marks = arrived = None
     if splits > 1 or together > 1:
         partials = torch.empty(slots, splits, N, dtype=torch.float32, device=x.device)
-        count = across if together > 1 else blocks * across
-        arrived = counters(count + (across * slots * splits if together > 1 else 0), x.device)
+        arrived = counters(across * (1 + slots * splits) if together > 1 else across * slots, x.device)
         if together > 1:
-            marks = arrived[count:]
+            marks = arrived[across:]
     args = MoeArgs(
         *map(dot.pointer, (x, words, scales, zeros, sorted_slots, experts, end, weights, out, partials)),
         *map(dot.pointer, (marks, arrived)),
