@@ -67,7 +67,10 @@ WORDS = torch.zeros(4, 64, 16, dtype=torch.int32)
         ({"w_packed": WORDS.long()}, "w_packed must be int32, it is int64"),
         ({"w_packed": WORDS[:3]}, r"w_packed must be \[4, 64, 16\], it is \[3, 64, 16\]"),
         ({"w_packed": WORDS.transpose(0, 2).contiguous().transpose(0, 2)}, "w_packed must have strides"),
-        ({"w_packed": torch.zeros(4, 64, 17).int()[..., :16]}, r"w_packed must have strides .*with r an even number of words, at least 16"),
+        (
+            {"w_packed": torch.zeros(4, 64, 17).int()[..., :16]},
+            r"w_packed must have strides .*with r an even number of words, at least 16",
+        ),
         ({"w_packed": torch.zeros(4, 66, 16).int()[:, :64]}, "w_packed must have strides"),
         ({"w_packed": WORDS.to("meta")}, "w_packed is on meta, A is on cpu"),
         ({"w_scale": torch.zeros(4, 64).half()}, r"w_scale must be \[E, N, K/G\], it is \[4, 64\]"),
