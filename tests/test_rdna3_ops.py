@@ -102,7 +102,7 @@ def test_a_mistake_is_named(changed: dict[str, Any], message: str) -> None:
         ({"topk_weights": torch.zeros(6).half()}, "topk_weights must be float32, it is float16"),
         ({"topk_weights": torch.zeros(4)}, "topk_weights must have 6 elements or none, it has 4"),
         ({"sorted_token_ids": torch.zeros(6).long()}, "sorted_token_ids must be int32, it is int64"),
-        ({"sorted_token_ids": INTS}, r"sorted_token_ids must have one dimension, it is \[16, 16\]"),
+        ({"sorted_token_ids": INTS}, r"sorted_token_ids must be \[slots\], it is \[16, 16\]"),
         ({"expert_ids": torch.zeros(1).int()}, "expert_ids must have an element for each of 5 blocks"),
         ({"expert_ids": torch.zeros(8, device="meta").int()}, "expert_ids is on meta, a is on cpu"),
         ({"num_tokens_post_padded": torch.zeros(()).int()}, r"num_tokens_post_padded must be \[1\], it is \[\]"),

@@ -3,6 +3,7 @@ with the names, layouts and meanings of vLLM's ops, so that their callers can ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,15 @@ class Door:
         self.require(t.device == self.device, lambda: f"{name} is on {t.device}, a is on {self.device}.")
         self.require(t.is_contiguous(), lambda: f"{name} must be contiguous, it has strides {list(t.stride())}.")
 
+    def dimensions(self, name: str, t: Tensor, of: str) -> None:
+        self.require(t.dim() == of.count(",") + 1, lambda: f"{name} must be {of}, it is {list(t.shape)}.")
+
+    def on_line(self, **tensors: Tensor) -> None:
+        """Of tensors that are not to be copied."""
+        for name, t in tensors.items():
+            if t.data_ptr() % 16 != 0:
+                self.require(False, functools.partial(_off_line, name))
+
     def weight(self, a: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, experts: tuple[int, ...]) -> int:
         """N of a weight, or of those of so many experts."""
         lead = "E, " if experts else ""
@@ -65,11 +75,8 @@ class Door:
         self.tensor("a", a, tuple(a.shape), *_DTYPES)
         K = a.shape[1]
         self.require(K > 0 and K % 32 == 0, lambda: f"a's K must be a positive multiple of 32, it is {K}.")
-        for name, t, of in (("b_q_weight", words, "K/8"), ("b_scales", scales, "K/G")):
-            self.require(
-                t.dim() == 2 + len(experts),
-                lambda name=name, t=t, of=of: f"{name} must be [{lead}{of}, N], it is {list(t.shape)}.",
-            )
+        self.dimensions("b_q_weight", words, f"[{lead}K/8, N]")
+        self.dimensions("b_scales", scales, f"[{lead}K/G, N]")
         N, groups = words.shape[-1], scales.shape[-2]
         self.require(N > 0 and N % 8 == 0, lambda: f"b_q_weight's N must be a positive multiple of 8, it is {N}.")
         self.require(
@@ -81,13 +88,6 @@ class Door:
         self.tensor("b_scales", scales, (*experts, groups, N), a.dtype)
         self.tensor("b_qzeros", zeros, (*experts, groups, N // 8), torch.int32)
         return N
-
-    def on_line(self, **tensors: Tensor) -> None:
-        for name, t in tensors.items():
-            self.require(
-                t.data_ptr() % 16 == 0,
-                lambda name=name: f"{name} must begin at an address that is a multiple of 16; a clone does.",
-            )
 
 
 def _check_dense(a: Tensor, words: Tensor, zeros: Tensor, scales: Tensor) -> int:
@@ -123,15 +123,20 @@ def _check_moe(
     given = topk_weights.numel()
     door.require(given in (0, slots), lambda: f"topk_weights must have {slots} elements or none, it has {given}.")
     door.tensor("topk_weights", topk_weights, tuple(topk_weights.shape), torch.float32)
-    for name, t in (("sorted_token_ids", sorted_token_ids), ("expert_ids", expert_ids)):
-        door.require(t.dim() == 1, lambda name=name, t=t: f"{name} must have one dimension, it is {list(t.shape)}.")
-        door.tensor(name, t, tuple(t.shape), torch.int32)
+    door.dimensions("sorted_token_ids", sorted_token_ids, "[slots]")
+    door.dimensions("expert_ids", expert_ids, "[blocks]")
+    door.tensor("sorted_token_ids", sorted_token_ids, tuple(sorted_token_ids.shape), torch.int32)
+    door.tensor("expert_ids", expert_ids, tuple(expert_ids.shape), torch.int32)
     blocks, experts = sorted_token_ids.shape[0] // block_size_m, expert_ids.shape[0]
     door.require(
         experts >= blocks,
         lambda: f"expert_ids must have an element for each of {blocks} blocks of sorted_token_ids, it has {experts}.",
     )
     door.tensor("num_tokens_post_padded", num_tokens_post_padded, (1,), torch.int32)
+
+
+def _off_line(name: str) -> str:
+    return f"{name} must begin at an address that is a multiple of 16; a clone does."
 
 
 def _name(dtype: torch.dtype) -> str:
