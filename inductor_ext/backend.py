@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from inductor_ext import passes, prove, subclasses, weights
+from inductor_ext import devices, passes, prove, subclasses, weights
 from inductor_ext.capture import DynamoSite, Slot, clone
 from inductor_ext.examine import Strict, examine
 from inductor_ext.options import Options, inductor_config, split
@@ -127,15 +127,18 @@ def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Comp
     return run
 
 
-_reports: list[Report] = []
+_reports: list[tuple[Report, Options]] = []
 """Of the ``explaining`` under way, the innermost last."""
 
 
-def explaining(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Report:
-    """The report of every graph that ``model(*args, **kwargs)`` is captured in; the graphs themselves run eagerly."""
+def explaining(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: devices.Device | None = None
+) -> Report:
+    """The report of every graph that ``model(*args, **kwargs)`` is captured in, with the kernels that would be chosen
+    for another device if one is given; the graphs themselves run eagerly."""
     model = getattr(model, "_orig_mod", model)
     in_place = getattr(model, "_compiled_call_impl", None)  # of model.compile(): it would be called in our place
-    _reports.append(Report())
+    _reports.append((Report(), Options(device=device)))
     try:
         if in_place is not None:
             model._compiled_call_impl = None
@@ -144,7 +147,7 @@ def explaining(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Re
     finally:
         if in_place is not None:
             model._compiled_call_impl = in_place
-        report = _reports.pop()
+        report, _ = _reports.pop()
     return report
 
 
@@ -158,7 +161,8 @@ def _examining(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
             site = DynamoSite(gm, args)
             site.training = training
             with torch.no_grad():
-                examine(site, Options(), _reports[-1], subclasses.inside)
+                report, options = _reports[-1]
+                examine(site, options, report, subclasses.inside)
         forward: Compiled = gm.forward
         return forward(*args)
 

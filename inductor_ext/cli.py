@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,15 @@ from typing import Any
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 EXPLAINED = (1, 16)
 """Tokens in the inputs that `explain` shows: one step of decoding, and a prompt."""
+ELSEWHERE = "one that need not be here, by its name: gfx1151, mi300x, sm_90, ..."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. What the user can put right is told on stderr, with exit code 2."""
     args = _parser().parse_args(arguments)
-    if args.command == "doctor":
-        from inductor_ext import doctor
-
-        return doctor.main()
+    commands = {"run": _run, "explain": _explain, "doctor": _doctor}
     try:
-        return _run(args) if args.command == "run" else _explain(args)
+        return commands[args.command](args)
     except Unfit as error:
         print(f"inductor_ext {args.command}: {error}", file=sys.stderr)
         return 2
@@ -43,8 +42,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, explain):
         command.add_argument("path", help="a folder, or a repository on the Hugging Face hub: owner/name")
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the activations (default: bf16)")
-        command.add_argument("--device", default="cpu", help="where the model goes (default: cpu)")
-    commands.add_parser("doctor", help="print versions, device and arch, and for each kernel: usable, or why not")
+    run.add_argument("--device", default="cpu", help="where the model goes (default: cpu)")
+    explain.add_argument(
+        "--device",
+        default="cpu",
+        help=f"where the model goes (default: cpu), or {ELSEWHERE}; the model goes to the CPU",
+    )
+    doctor = commands.add_parser(
+        "doctor", help="print versions, device and arch, and for each kernel: usable, or why not"
+    )
+    doctor.add_argument("--device", metavar="NAME", help=f"print instead what would run on a device, {ELSEWHERE}")
     return parser
 
 
@@ -77,15 +84,30 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from inductor_ext import doctor, preview
+
+    if args.device is None:
+        return doctor.main()
+    try:
+        return preview.main(args.device)
+    except ValueError as error:
+        raise Unfit(error) from None
+
+
 def _explain(args: argparse.Namespace) -> int:
     import torch
 
-    from inductor_ext import explain
+    from inductor_ext import devices, explain, explain_for
 
+    told: Any = explain
+    if args.device in devices.KNOWN and args.device != "cpu":
+        told = functools.partial(explain_for, args.device)
+        args.device = "cpu"
     model = _load(args, _folder(args))
     with torch.no_grad():
         for tokens in EXPLAINED:
-            report = explain(model, torch.zeros(1, tokens, dtype=torch.int64, device=args.device))
+            report = told(model, torch.zeros(1, tokens, dtype=torch.int64, device=args.device))
             print(f"{tokens} token{'s' * (tokens > 1)}: {report}\n")
     return 0
 

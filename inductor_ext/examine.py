@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from inductor_ext import oracle, verdicts, weights
+from inductor_ext import devices, verdicts, weights
 from inductor_ext.capture import Site
 from inductor_ext.experts import examine_experts
 from inductor_ext.kernels import Problem
@@ -109,11 +109,11 @@ def _examine(
     dtype = computed_in(anchor.node)
     case = verdicts.Case(inner.program, tuple(sources), N, K)
     recipe, entry = verdicts.settle([case], case.recipe)
-    device, kind = sources[0].device, entry.kind
+    device, kind = options.device or devices.of(sources[0].device), entry.kind
     problem = Problem(
         op="linear",
         device=device.type,
-        arch=oracle.arch(device),
+        arch=device.arch,
         dtype=dtype,
         scale_dtype=kind.scale_dtype,
         N=N,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx
 
-from inductor_ext import oracle, verdicts
+from inductor_ext import devices, verdicts
 from inductor_ext.capture import Site
 from inductor_ext.kernels import MoeProblem, WeightKind
 from inductor_ext.options import Options
@@ -55,10 +55,10 @@ def _examine(site: Site, routed: Routed, trained: set[fx.Node], options: Options
     dtype = computed_in(first)
     finding = routed.finding
     w13, w2 = _weight(site, region, finding.w13), _weight(site, region, (finding.w2,))
-    device = w13.sources[0].device
+    device = options.device or devices.of(w13.sources[0].device)
     problem = MoeProblem(
         device=device.type,
-        arch=oracle.arch(device),
+        arch=device.arch,
         dtype=dtype,
         E=region.experts,
         top_k=region.top_k,

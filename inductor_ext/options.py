@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from inductor_ext import kernels
+from inductor_ext.devices import Device
 
 PREFIX = "w4a16."
 
@@ -19,6 +20,8 @@ class Options:
     """Use this kernel and no other; an error where it cannot."""
     strict: bool = False
     """Raise if a matmul whose weight is int4 is left alone."""
+    device: Device | None = None
+    """Choose as for this device, which need not be here. For ``explain`` alone."""
 
 
 def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -28,14 +31,13 @@ def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
     rest: dict[str, Any] = {}
     for key, value in (options or {}).items():
         (own if key.startswith(PREFIX) else rest)[key.removeprefix(PREFIX)] = value
-    known = {field.name: field for field in dataclasses.fields(Options)}
+    known = {"kernel": str, "strict": bool}
     for name, value in own.items():
         if name not in known:
             listed = ", ".join(PREFIX + k for k in known)
             raise ValueError(f"There is no option {PREFIX + name!r}; the options of this backend are {listed}.")
-        allowed = (str, type(None)) if name == "kernel" else (bool,)
-        if not isinstance(value, allowed):
-            raise TypeError(f"Option {PREFIX + name!r} is {value!r}; a {allowed[0].__name__} is needed.")
+        if not isinstance(value, known[name]) and not (name == "kernel" and value is None):
+            raise TypeError(f"Option {PREFIX + name!r} is {value!r}; a {known[name].__name__} is needed.")
     if own.get("kernel") is not None:
         kernels.check_name(own["kernel"])
     return Options(**own), rest

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
-
-import torch
 
 from inductor_ext import kernels
 from inductor_ext.kernels import MoeProblem, Problem
@@ -39,9 +36,9 @@ class Choice:
     """Kernel -> why it was not chosen, for those with a higher priority."""
 
 
-def choose(problem: Problem | MoeProblem, forced: str | None = None) -> Choice:
+def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: bool = False) -> Choice:
     """The first kernel of the op's list for the device that does not reject the problem; or the forced one, if it does
-    not.
+    not. ``elsewhere``: the device is not here, and what is installed here does not count.
 
     Raises NoKernel with every reason, and ValueError for a forced name that no kernel has, or for what MOE_HIP may not
     be. A forced kernel is never replaced by another.
@@ -53,7 +50,7 @@ def choose(problem: Problem | MoeProblem, forced: str | None = None) -> Choice:
     candidates = (forced,) if forced is not None else PRIORITY[problem.op].get(problem.device, ("reference",))
     reasons: dict[str, str] = {}
     for name in candidates:
-        reason = _why_not(problem, name)
+        reason = _why_not(problem, name, elsewhere)
         if reason is None:
             return Choice(name, reasons)
         reasons[name] = reason
@@ -71,25 +68,13 @@ def moe_hip() -> str:
     return value
 
 
-def _why_not(problem: Problem | MoeProblem, name: str) -> str | None:
+def _why_not(problem: Problem | MoeProblem, name: str, elsewhere: bool) -> str | None:
     if problem.op == "moe" and name == "hip" and moe_hip() == "0":
         return f"It is switched off: {MOE_HIP} is 0."
     known = kernels.KERNELS[problem.op]
     if name not in known:
         return f"There is no such kernel for {problem.op}; its kernels are {', '.join(sorted(known))}."
-    if (reason := kernels.why_unusable(problem.op, name)) is not None:
+    if not elsewhere and (reason := kernels.why_unusable(problem.op, name)) is not None:
         return reason
     rejected: str | None = kernels.load_for(problem.op, name).reject(problem)
     return rejected
-
-
-def arch(device: torch.device) -> str:
-    """The architecture of a device as problems name it: "x86_64", "sm_90", "gfx1100", ..."""
-    if device.type == "cpu":
-        return platform.machine()
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip is not None:
-            return str(properties.gcnArchName).split(":")[0]
-        return f"sm_{properties.major}{properties.minor}"
-    return device.type

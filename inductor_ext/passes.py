@@ -20,34 +20,47 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from inductor_ext import oracle
 from inductor_ext.capture import ConstantSite
+from inductor_ext.direct import call_directly
 from inductor_ext.options import Options
 from inductor_ext.report import Report
 from inductor_ext.rewrite import rewrite
 
 _SLOT = "joint_custom_pre_pass"
+DIRECT = True
+"""Of the pass that the backend adds. Without it every kernel is called through our ops, where it can be watched."""
 
 
 class W4A16Pass(CustomGraphPass):
     """Rewrites int4 matmuls whose weights are attributes of the graph; ``then`` is another pass for the same place, run
-    afterwards; ``loudness`` the logging level at which what is left alone is spoken of.
+    afterwards; ``loudness`` the logging level at which what is left alone is spoken of; ``direct`` whether kernels in
+    C++ are called without our ops, as only a graph for this process can.
 
     Weights that are inputs of the graph are left alone: a compiled graph can be found in a cache and used with other
     inputs, for which nothing would have been proved.
     """
 
-    def __init__(self, options: Options | None = None, then: Any = None, loudness: int = logging.WARNING) -> None:
-        self.options, self.then, self.loudness = options or Options(), then, loudness
+    def __init__(
+        self,
+        options: Options | None = None,
+        then: Any = None,
+        loudness: int = logging.WARNING,
+        direct: bool = False,
+    ) -> None:
+        self.options, self.then, self.loudness, self.direct = options or Options(), then, loudness, direct
 
     def __call__(self, graph: fx.Graph) -> None:
         with _disable_current_modes(), torch.no_grad():
             rewrite(ConstantSite(graph, self.loudness), self.options, Report())
         if self.then is not None:
             self.then(graph)
+        if self.direct:
+            with _disable_current_modes(), torch.no_grad():
+                call_directly(graph)
 
     def uuid(self) -> Any | None:
         """Changes with every file of this package, every option and switch, and the pass behind; None (no caching) if
         that one has no uuid."""
-        own = (_sources(), repr(self.options), oracle.moe_hip())
+        own = (_sources(), repr(self.options), self.direct, oracle.moe_hip())
         if self.then is None:
             return own
         behind = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
@@ -76,4 +89,4 @@ def with_pass(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
     if isinstance(theirs, W4A16Pass):
         return dict(config)
     # What the backend has left alone is left alone again, and has been spoken of.
-    return {**config, _SLOT: W4A16Pass(dataclasses.replace(options, strict=False), theirs, logging.DEBUG)}
+    return {**config, _SLOT: W4A16Pass(dataclasses.replace(options, strict=False), theirs, logging.DEBUG, DIRECT)}

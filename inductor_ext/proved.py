@@ -102,7 +102,7 @@ def computed_in(node: fx.Node) -> torch.dtype:
 def chosen(problem: Problem | MoeProblem, options: Options) -> oracle.Choice:
     """The kernel for a problem. Raises Refused if there is none, or oracle.Required if one was forced that cannot."""
     try:
-        return oracle.choose(problem, options.kernel)
+        return oracle.choose(problem, options.kernel, elsewhere=options.device is not None)
     except oracle.Required:
         raise
     except oracle.NoKernel as error:

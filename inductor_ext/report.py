@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,10 @@ class Report:
         if self.rewritten:
             rows = [(r.where, r.op, r.kernel, r.problem, r.proof) for r in self.rewritten]
             parts.append(_table(("where", "op", "kernel", "problem", "proof"), rows))
+        reasons = Counter((kernel, why) for r in self.rewritten for kernel, why in r.passed_over.items())
+        if reasons:
+            passed = [(kernel, str(count), why) for (kernel, why), count in reasons.items()]
+            parts.append(_table(("not this kernel", "times", "reason"), passed))
         if self.left_alone:
             parts.append(_table(("left alone", "reason"), [(a.where, a.reason) for a in self.left_alone]))
         return "\n\n".join(parts)
@@ -67,3 +72,15 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     from inductor_ext.backend import explaining
 
     return explaining(model, args, kwargs)
+
+
+def explain_for(device: str, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """As ``explain``, with the kernels that would be chosen on a device that need not be here: "gfx1151", "mi300x",
+    "sm_90", ... (``inductor_ext.devices.KNOWN``). What is installed here does not count.
+
+    Raises ValueError for an unknown device.
+    """
+    from inductor_ext import devices
+    from inductor_ext.backend import explaining
+
+    return explaining(model, args, kwargs, devices.named(device))

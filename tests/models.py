@@ -147,7 +147,9 @@ class Calls:
 
     def __init__(self, patch: Any) -> None:
         """``patch``: pytest's monkeypatch."""
-        from inductor_ext import kernels
+        from inductor_ext import kernels, passes
+
+        patch.setattr(passes, "DIRECT", False)
 
         self.packs = 0
         self.ran: list[str] = []

@@ -41,7 +41,7 @@ TARGETS = {
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * KB),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KB),
 }
-"""By the names that `inductor_ext.oracle.arch` gives."""
+"""By the names that `inductor_ext.devices` gives."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,7 +184,7 @@ CODES = torch.zeros(5, 8, dtype=torch.int32)
 SCALES = torch.ones(5, 2)
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "x dtype": ({"x": X.double()}, "x must be bfloat16, float16 or float32; it is Double"),
-    "x dims": ({"x": X[0]}, r"x must have 2 dimensions; its shape is \[64\]"),
+    "x dims": ({"x": torch.tensor(1.0)}, "x must have at least one dimension; it is a scalar"),
     "x strides": ({"x": torch.zeros(64, 2).T}, r"x must be contiguous; it is not \(shape \[2, 64\]\)"),
     "K": ({"x": X[:, :60].contiguous()}, r"x must have a positive multiple of 8 columns \(K\); its shape is \[2, 60\]"),
     "K = 0": (

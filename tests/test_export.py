@@ -15,6 +15,7 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion as Version
 
+from inductor_ext import passes
 from inductor_ext.examine import Strict
 from inductor_ext.formats import SEQUENTIAL
 from inductor_ext.ops import linear
@@ -147,8 +148,9 @@ def test_aot_autograd(make: Callable[[], Any]) -> None:
     assert rel_l2(found, wanted) <= 4e-6
 
 
-def test_aot_autograd_under_the_backend() -> None:
+def test_aot_autograd_under_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """What AOTAutograd makes of the rewritten graph: one op forward, one backward, no dense weight kept between."""
+    monkeypatch.setattr(passes, "DIRECT", False)
     module = CompressedTensors(32, 64)
     seen: list[str] = []
 

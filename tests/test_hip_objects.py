@@ -32,6 +32,17 @@ BUDGETS = {
         for dtype in ("f16", "bf16")
         for rows, vgprs, waves in ((1, 96, 16), (2, 96, 16), (4, 96, 16), (8, 128, 10))
     },
+    # 16 columns of codes for each of 2 or 4 products with 16, 32 or 64 rows of x, which are in LDS: six waves a SIMD,
+    # four where it has 1,024 registers.
+    **{
+        rf"wmma_(by_row_)?{dtype}_((16|32|64)_)?{stage}": Budget(
+            240, 36 * 1024, 6, (rf"v_wmma_f32_16x16x16_{dtype}", "ds_load_b128", "global_load_b128")
+        )
+        for dtype in ("f16", "bf16")
+        for stage in (32, 64, 128)
+    },
+    r"route": Budget(vgprs=48, lds=18 * 1024, waves=12),
+    r"(activate|combine)_b?f16": Budget(vgprs=48, lds=0, waves=16),
     r"probe": Budget(vgprs=8, lds=0, waves=16, hot=("global_load_b32",)),
 }
 """By regular expressions of the kernels' names. Every kernel has exactly one."""

@@ -12,7 +12,7 @@ import torch
 from models import CompressedTensors, Int8
 
 import inductor_ext
-from inductor_ext import kernels, oracle
+from inductor_ext import devices, kernels, oracle
 from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind
 
 PROBLEM = Problem(
@@ -187,8 +187,8 @@ def test_a_problem_of_experts_reads_as_a_line(change: dict[str, Any], text: str)
 def test_the_architecture_of_this_machine() -> None:
     import platform
 
-    assert oracle.arch(torch.device("cpu")) == platform.machine()
-    assert oracle.arch(torch.device("meta")) == "meta"
+    assert devices.of(torch.device("cpu")) == devices.Device("cpu", platform.machine())
+    assert devices.of(torch.device("meta")) == devices.Device("meta", "meta")
 
 
 def test_the_report_keeps_the_reasons() -> None:

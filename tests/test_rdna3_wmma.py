@@ -3,23 +3,17 @@ one."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import hip_lanes
 import pytest
 import torch
 from hip_lanes import guarded
-from rdna3 import DTYPES, Weight, align, cancelling, drawn, right
-from torch import Tensor
+from rdna3 import DTYPES, Weight, cancelling, drawn, right
+from rdna3_wmma import Routed
 
-import inductor_ext.ops
-from inductor_ext.formats import PackedInt4
+import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
 from inductor_ext.kernels.hip import wmma
 
-gemm = inductor_ext.ops.gptq_gemm_rdna3_wmma
-moe_gemm = inductor_ext.ops.moe_gemm_w4a16
-CPU = torch.device("cpu")
+gemm = torch.ops.w4a16.gptq_gemm_rdna3_wmma
 
 # -- dense -------------------------------------------------------------------------------------------------------------
 
@@ -87,64 +81,6 @@ def test_nothing_is_read_beside_the_tensors(M: int, K: int, N: int, G: int, end:
 
 
 # -- routed experts ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Routed:
-    """T tokens' choices of E experts with symmetric weights [N, K], in the field's layout by row."""
-
-    E: int
-    K: int
-    N: int
-    top_k: int
-    T: int
-    G: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    arch: str = "gfx1100"
-    ids: Tensor | None = None
-    expert_map: Tensor | None = None
-    drop: bool = False
-    """Choices of foreign experts are left out of the sorted ones."""
-
-    def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(self.K + self.T)
-        codes = torch.randint(-(2**31), 2**31, (self.E * self.N, self.K // 8), generator=random, dtype=torch.int32)
-        scales = torch.rand(self.E * self.N, self.K // self.G, generator=random) + 0.5
-        self.weight = PackedInt4(codes, (scales / self.K**0.5 / 4).to(self.dtype), None)
-        known = self.E if self.expert_map is None else len(self.expert_map)
-        if self.ids is None:
-            self.ids = torch.rand(self.T, known, generator=random).argsort(1)[:, : self.top_k]
-        self.A = drawn(self.T, self.K, dtype=self.dtype)
-        self.routing = align(self.ids, 32, known, self.expert_map, self.drop)[:2]
-
-    def run(self, device: torch.device = CPU, **changed: Any) -> Tensor:
-        slots, codes, scales = self.T * self.top_k, self.weight.codes.to(device), self.weight.scales.to(device)
-        packed = wmma.by_row(PackedInt4(codes, scales, None), self.E, self.arch)
-        C = torch.full((slots + 3, self.N), float("nan"), dtype=self.dtype)
-        args = {
-            "A": self.A, "w_packed": packed.words, "w_scale": packed.scales,
-            "sorted_token_ids": self.routing[0], "expert_ids": self.routing[1], "C": C, "n_valid_tokens": slots,
-            "top_k": self.top_k, "block_m": 32, "num_blocks": self.routing[1].numel(),
-        } | changed  # fmt: skip
-        args = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in args.items()}
-        moe_gemm(**args)
-        C = args["C"].cpu()
-        assert C[slots:].isnan().all(), "rows beyond the valid ones stay"
-        return C[:slots]
-
-    def expected(self) -> Tensor:
-        """float64; zeros for choices of nobody."""
-        rows = self.ids.flatten().long()
-        if self.expert_map is not None:
-            rows = self.expert_map.long()[rows.clamp(min=0)].where(rows >= 0, -1)
-        y = torch.zeros(len(rows), self.N, dtype=torch.float64)
-        for e in rows[rows >= 0].unique().tolist():
-            of = slice(e * self.N, (e + 1) * self.N)
-            codes = (self.weight.codes[of].unsqueeze(2) >> torch.arange(0, 32, 4) & 15).flatten(1)
-            dense = (codes - 8).double() * self.weight.scales[of].double().repeat_interleave(self.G, 1)
-            mine = rows == e
-            y[mine] = self.A.double()[mine.nonzero()[:, 0] // self.top_k] @ dense.T
-        return y
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

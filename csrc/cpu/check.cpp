@@ -41,6 +41,11 @@ void fail_dtype(const Tensor& t, const std::string& name, const char* allowed) {
 void check_layout(const Tensor& t, const std::string& name, int64_t dim) {
   if (!t.is_cpu()) fail(name, " must be on the CPU; it is not.");
   if (t.dim() != dim) fail(name, " must have ", dim, dim == 1 ? " dimension" : " dimensions", "; its shape is ", shape(t), ".");
+  check_dense(t, name);
+}
+
+void check_dense(const Tensor& t, const std::string& name) {
+  if (!t.is_cpu()) fail(name, " must be on the CPU; it is not.");
   if (!t.is_contiguous()) fail(name, " must be contiguous; it is not (shape ", shape(t), "). Call .contiguous() first.");
 }
 
@@ -50,9 +55,10 @@ void check_shape(const Tensor& t, const std::string& name, const std::vector<int
 }
 
 void check_x(const Tensor& x, const char* columns) {
-  check_layout(x, "x", 2);
+  if (x.dim() < 1) fail("x must have at least one dimension; it is a scalar.");
+  check_dense(x, "x");
   if (!is_float(dtype_of(x))) fail_dtype(x, "x", "bfloat16, float16 or float32");
-  if (x.size(1) <= 0 || x.size(1) % 8 != 0)
+  if (x.size(-1) <= 0 || x.size(-1) % 8 != 0)
     fail("x must have a positive multiple of 8 columns (", columns, "); its shape is ", shape(x), ".");
 }
 

@@ -26,11 +26,13 @@ template <class... Parts>
 std::string shape(const Tensor& t);
 Dtype dtype_of(const Tensor& t);
 [[noreturn]] void fail_dtype(const Tensor& t, const std::string& name, const char* allowed);
-// On the CPU, contiguous and with so many dimensions.
+// On the CPU and contiguous.
+void check_dense(const Tensor& t, const std::string& name);
+// And with so many dimensions.
 void check_layout(const Tensor& t, const std::string& name, int64_t dim);
 // meaning: the sizes in words.
 void check_shape(const Tensor& t, const std::string& name, const std::vector<int64_t>& sizes, const char* meaning);
-// x [rows, K] of a float dtype.
+// x [..., K] of a float dtype.
 void check_x(const Tensor& x, const char* columns);
 
 // Codes, scales and zeros as in Weight, maybe of several experts: with one more dimension in front. The names of the arguments

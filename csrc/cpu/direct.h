@@ -57,12 +57,10 @@ struct UnitGroups {
   }
 };
 
-// sums[m * kUnit + r] of MB rows of x and NR rows of the weight. `ahead` words from each lies what is to be fetched next.
-//
-// The loop is bound by vector instructions, and integers that do not fit the registers are kept in vector ones. Hence one
-// `ahead` for all rows, and offsets that go up by a constant.
+// sums[m * kUnit + r] of MB rows of x and NR rows of the weight. The NR rows at `next` are fetched meanwhile, from front to
+// end: what the processor then fetches by itself, seeing addresses go up, is what will be read.
 template <class P, int MB, int NR, bool Uniform>
-void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64_t ahead, const float* scale, const float* zero,
+void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, const int32_t* next, const float* scale, const float* zero,
                  const uint32_t* const* x, float* sums) {
   const int64_t words = grouping.words, stored = grouping.stored, per_step = grouping.per_step;
   const auto lane_group = P::load_words(grouping.lane_group);
@@ -89,7 +87,7 @@ void direct_tile(const Grouping<P>& grouping, const int32_t* const* codes, int64
       for (int r = 0; r < NR; ++r) {
         if (Uniform || __builtin_expect(words - first >= P::L, 1)) {
           word[r] = P::load_words(codes[r] + first);
-          prefetch(codes[r] + (first + ahead));
+          prefetch(next + (first * NR + r * P::L));
         } else {
           alignas(64) int32_t tail[P::L] = {};
           memcpy(tail, codes[r] + first, (words - first) * 4);
@@ -133,7 +131,7 @@ void direct_unit(int64_t rows, const Grouping<P>& grouping, const int32_t* const
   constexpr int NR = P::direct_columns(MB);
   for (int64_t i = 0; i < kUnit; i += NR) {
     const int64_t g = i * grouping.stored;
-    direct_tile<P, MB, NR, Uniform>(grouping, codes + i, codes[kUnit + i] - codes[i], scale + g, zero + g, x, sums + i);
+    direct_tile<P, MB, NR, Uniform>(grouping, codes + i, codes[kUnit + i], scale + g, zero + g, x, sums + i);
   }
 }
 

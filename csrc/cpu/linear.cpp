@@ -9,7 +9,9 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
               const std::optional<Tensor>& bias, int64_t group_size) {
   check_x(x, "K");
   check_layout(codes, "codes", 2);
-  const int64_t M = x.size(0), K = x.size(1), N = codes.size(0);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const int64_t K = sizes.back(), M = x.numel() / K, N = codes.size(0);
+  sizes.back() = N;
   int bad_zero = 0;
   LinearCall call{};
   call.weight = WeightArguments{"", codes, scales, zeros, group_size}.check("K", K, {N});
@@ -17,7 +19,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   call.x_dtype = dtype_of(x);
   call.bias = check_bias(bias, "bias", {N}, "[N]", call.x_dtype, call.bias_dtype);
 
-  Tensor out = torch::stable::new_empty(x, {M, N});
+  Tensor out = torch::stable::new_empty(x, sizes);
   if (M == 0 || N == 0) return out;
   call.M = M;
   call.x = x.const_data_ptr();

@@ -49,6 +49,7 @@ Tensor moe(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, 
            int64_t w13_group_size, int64_t w2_group_size, std::string activation, std::string gate_up, double alpha,
            std::optional<double> limit, bool apply_router_weight_on_input, double routed_scaling) {
   MoeCall call{};
+  check_layout(x, "x", 2);
   check_x(x, "H");
   check_layout(topk_ids, "topk_ids", 2);
   const bool wide_ids = topk_ids.scalar_type() == ScalarType::Long;

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Packed, Problem, canonical
+from inductor_ext.kernels.pages import in_huge_pages
 
 NAME = "cpu"
 
@@ -30,6 +32,9 @@ def usable() -> str | None:
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"The compiled library {found[0].name} cannot be loaded: {error}."
+    # For graphs that call these ops themselves, which are made by our passes alone (see direct.py).
+    torch.library.register_fake("w4a16_cpu::linear", lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0]))
+    torch.library.register_fake("w4a16_cpu::moe", lambda x, *rest: x.new_empty(x.shape))
     return None
 
 
@@ -46,7 +51,12 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-pack, unpack, layout = canonical.pack, canonical.unpack, canonical.layout
+unpack, layout = canonical.unpack, canonical.layout
+
+
+def pack(weight: PackedInt4) -> Packed:
+    in_huge_pages(weight.codes)
+    return canonical.pack(weight)
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:

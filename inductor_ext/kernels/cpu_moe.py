@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, Routing, canonical, cpu
+from inductor_ext.kernels.pages import in_huge_pages
 from inductor_ext.kernels.rows import rows
 
 NAME = "cpu"
@@ -41,7 +43,12 @@ def reject(problem: MoeProblem) -> str | None:
     return None
 
 
-pack, unpack, layout = canonical.pack_experts, canonical.unpack_experts, canonical.layout_experts
+unpack, layout = canonical.unpack_experts, canonical.layout_experts
+
+
+def pack(weight: PackedInt4, experts: int) -> Packed:
+    in_huge_pages(weight.codes)
+    return canonical.pack_experts(weight, experts)
 
 
 def run(

@@ -91,7 +91,9 @@ def _check_moe(
 
 def _check_rows(door: Door, words: Tensor, shape: tuple[int, int, int]) -> None:
     E, N, across = shape
-    door.require(words.dtype == torch.int32, lambda: f"w_packed must be int32, it is {words.dtype}.")
+    door.require(
+        words.dtype == torch.int32, lambda: f"w_packed must be int32, it is {str(words.dtype).removeprefix('torch.')}."
+    )
     door.require(tuple(words.shape) == shape, lambda: f"w_packed must be {list(shape)}, it is {list(words.shape)}.")
     door.require(words.device == door.device, lambda: f"w_packed is on {words.device}, A is on {door.device}.")
     expert, row, word = words.stride()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inductor_ext import oracle
+from inductor_ext import devices
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether ``triton.jit`` below made a function for the interpreter: TRITON_INTERPRET=1 was set when triton was
@@ -140,4 +140,6 @@ def run(a: Tensor, b_q: Tensor, scales: Tensor, qzeros: Tensor | None, group_siz
     return out
 
 
-_arch = functools.cache(oracle.arch)
+@functools.cache
+def _arch(device: torch.device) -> str:
+    return devices.of(device).arch

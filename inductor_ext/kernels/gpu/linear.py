@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inductor_ext import oracle
+from inductor_ext import devices
 from inductor_ext.kernels import Packed, Problem
 from inductor_ext.kernels.gpu import planes, tuning
 
@@ -182,7 +182,7 @@ def meaning(packed: Packed, K: int, group_size: int, device: torch.device) -> di
 
 @functools.cache
 def arch_of(device: torch.device) -> str:
-    return oracle.arch(device)
+    return devices.of(device).arch
 
 
 @functools.cache
