@@ -12,7 +12,7 @@ INPUTS := pyproject.toml setup.py $(wildcard csrc/*/*)
 # Build isolation would download a second torch to compile against; the installed one is the right one.
 INSTALL := $(BIN)/pip install --quiet --no-build-isolation --editable
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-gpu bench-gpu lint types clean
 
 demo: .venv/demo
 	$(BIN)/python bench/demo.py
@@ -20,6 +20,20 @@ demo: .venv/demo
 test: lint types
 	$(BIN)/python -m pytest -n 2 -m "not alone"
 	$(BIN)/python -m pytest -m alone
+
+# On a machine with a GPU, in the Python environment (PYTHON) that has torch for it: test-gpu needs pytest, bench-gpu
+# nothing more. --no-deps leaves that torch and its triton alone.
+GPU_INSTALL = $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+test-gpu:
+	$(GPU_INSTALL)
+	$(PYTHON) -m inductor_ext doctor
+	$(PYTHON) -m pytest tests/test_hip_*.py tests/test_gpu*.py tests/test_triton_gemm*.py tests/test_dense_numbers.py tests/test_moe_numbers.py
+
+bench-gpu:
+	$(GPU_INSTALL)
+	$(PYTHON) bench/dense_gpu.py
+	$(PYTHON) bench/moe_gpu.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -47,9 +61,11 @@ need = @$(1) >/dev/null 2>&1 || { echo "$(2)"; exit 1; }
 	$(INSTALL) ".[demo]"
 	touch $@
 
+# The compiler of the AMD kernels comes first: the package is built before what its extras name is installed.
 .venv/test: .venv/torch $(INPUTS)
+	$(BIN)/pip install --quiet $(shell sed -n 's/^ *\("ziglang.*"\),$$/\1/p' pyproject.toml)
 	$(INSTALL) ".[test,dev]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info inductor_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info inductor_ext/*.so inductor_ext/kernels/hip/objects .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo import list_backends
 
 from inductor_ext.kernels import KERNELS, why_unusable
+from inductor_ext.kernels.hip import objects
 
 BACKEND = "w4a16"
 PACKAGES = ("inductor-ext", "torch", "triton", "transformers", "safetensors", "compressed-tensors")
@@ -32,7 +33,13 @@ class Fact:
 
 def facts() -> dict[str, list[Fact]]:
     """Everything that `doctor` prints, by section, in the order in which it is printed."""
-    return {"versions": _versions(), "machine": _machine(), "kernels": _kernels(), "backend": _backend()}
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "kernels": _kernels(),
+        "code objects": _code_objects(),
+        "backend": _backend(),
+    }
 
 
 def main() -> int:
@@ -122,6 +129,12 @@ def _kernel(op: str, name: str) -> Fact:
     why = why_unusable(op, name)
     # Every problem falls back to the reference kernel, so it alone must work everywhere.
     return Fact(f"{op}: {name}", "usable" if why is None else why, wrong=name == "reference" and why is not None)
+
+
+def _code_objects() -> list[Fact]:
+    there = objects.archs()
+    value = there if isinstance(there, str) else f"{', '.join(there)}; compiled by {objects.compiler()}"
+    return [Fact("amd gpus", value)]
 
 
 def _backend() -> list[Fact]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from inductor_ext import kernels
 from inductor_ext.kernels import MoeProblem, Problem
 
 PRIORITY: dict[str, dict[str, tuple[str, ...]]] = {
-    "linear": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
-    "moe": {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
+    "linear": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
+    "moe": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
 }
 """Kernels by op and device type, the one to try first first. A device without a list has the reference kernel, which
 runs everywhere."""
 
 
+MOE_HIP = "INDUCTOR_EXT_MOE_HIP"
+"""An environment variable about routed experts on GPUs. Unset: kernel "hip" where it can. 0: never. 1: "hip" or an
+error, as if it had been forced."""
+
+
 class NoKernel(Exception):
     """No kernel, or not the one asked for, computes a problem. The message quotes every reason."""
+
+
+class Required(NoKernel):
+    """Not the one asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +40,13 @@ def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: 
     """The first kernel of the op's list for the device that does not reject the problem; or the forced one, if it does
     not. ``elsewhere``: the device is not here, and what is installed here does not count.
 
-    Raises NoKernel with every reason, and ValueError for a forced name that no kernel has. A forced kernel is never
-    replaced by another.
+    Raises NoKernel with every reason, and ValueError for a forced name that no kernel has, or for what MOE_HIP may not
+    be. A forced kernel is never replaced by another.
     """
     if forced is not None:
         kernels.check_name(forced)
+    elif problem.op == "moe" and problem.device == "cuda" and moe_hip() == "1":
+        forced = "hip"
     candidates = (forced,) if forced is not None else PRIORITY[problem.op].get(problem.device, ("reference",))
     reasons: dict[str, str] = {}
     for name in candidates:
@@ -43,10 +55,22 @@ def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: 
             return Choice(name, reasons)
         reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise NoKernel(f"No kernel computes {problem.op} {problem} on {problem.device}: {told}")
+    raise (NoKernel if forced is None else Required)(
+        f"No kernel computes {problem.op} {problem} on {problem.device}: {told}"
+    )
+
+
+def moe_hip() -> str:
+    """What MOE_HIP says: "", "0" or "1"."""
+    value = os.environ.get(MOE_HIP, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{MOE_HIP} must be 0 (never), 1 (required) or unset; it is {value!r}.")
+    return value
 
 
 def _why_not(problem: Problem | MoeProblem, name: str, elsewhere: bool) -> str | None:
+    if problem.op == "moe" and name == "hip" and moe_hip() == "0":
+        return f"It is switched off: {MOE_HIP} is 0."
     known = kernels.KERNELS[problem.op]
     if name not in known:
         return f"There is no such kernel for {problem.op}; its kernels are {', '.join(sorted(known))}."

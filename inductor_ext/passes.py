@@ -18,6 +18,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import _disable_current_modes
 
+from inductor_ext import oracle
 from inductor_ext.capture import ConstantSite
 from inductor_ext.direct import call_directly
 from inductor_ext.options import Options
@@ -57,9 +58,9 @@ class W4A16Pass(CustomGraphPass):
                 call_directly(graph)
 
     def uuid(self) -> Any | None:
-        """Changes with every file of this package, every option, and the pass behind; None (no caching) if that one has
-        no uuid."""
-        own = (_sources(), repr(self.options), self.direct)
+        """Changes with every file of this package, every option and switch, and the pass behind; None (no caching) if
+        that one has no uuid."""
+        own = (_sources(), repr(self.options), self.direct, oracle.moe_hip())
         if self.then is None:
             return own
         behind = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
@@ -73,7 +74,8 @@ def _sources() -> str:
     import inductor_ext.patterns
 
     roots = {Path(p) for package in (inductor_ext, inductor_ext.patterns) for p in package.__path__}
-    files = sorted((path.name, path) for root in roots for path in root.rglob("*") if path.suffix in (".py", ".so"))
+    code = (".py", ".so", ".co")
+    files = sorted((path.name, path) for root in roots for path in root.rglob("*") if path.suffix in code)
     digest = hashlib.sha256(inductor_ext.__version__.encode())
     for name, path in files:
         digest.update(name.encode())

@@ -100,12 +100,12 @@ def computed_in(node: fx.Node) -> torch.dtype:
 
 
 def chosen(problem: Problem | MoeProblem, options: Options) -> oracle.Choice:
-    """The kernel for a problem. Raises Refused if there is none, or oracle.NoKernel if the forced one cannot."""
+    """The kernel for a problem. Raises Refused if there is none, or oracle.Required if one was forced that cannot."""
     try:
         return oracle.choose(problem, options.kernel, elsewhere=options.device is not None)
+    except oracle.Required:
+        raise
     except oracle.NoKernel as error:
-        if options.kernel is not None:
-            raise
         raise Refused(str(error)) from None
 
 

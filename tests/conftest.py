@@ -3,6 +3,7 @@ work."""
 
 from collections.abc import Iterator
 
+import hip_lanes
 import pytest
 import torch
 from models import Calls
@@ -23,3 +24,13 @@ def without_codegen() -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the kernels are asked to do during the test."""
     return Calls(monkeypatch)
+
+
+@pytest.fixture(params=hip_lanes.places())
+def hip_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the AMD kernels' tensors go: to the CPU, with a stand-in for a gfx1100, or to this machine's AMD GPU."""
+    if request.param == "gpu":
+        yield torch.device("cuda")
+        return
+    with hip_lanes.on("gfx1100"):
+        yield torch.device("cpu")

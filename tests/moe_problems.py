@@ -104,9 +104,10 @@ class Experts:
     def problem(self) -> MoeProblem:
         w13, w2 = (WeightKind(self.scale_dtype or self.dtype, G, self.zeros) for G in self.G)
         sizes = {"E": self.E, "top_k": 2, "H": self.H, "I": self.I}
-        device = "cuda" if self.kernel == "triton" else "cpu"  # whose kernel Triton's interpreter may run on the CPU
+        device = "cpu" if self.kernel in oracle.PRIORITY["moe"]["cpu"] else "cuda"  # which the CPU may stand in for
+        arch = "gfx1100" if self.kernel == "hip" else ""
         return MoeProblem(
-            device, "", self.dtype, **sizes, w13=w13, w2=w2, mlp=self.mlp, bias=self.bias, expert_map=self.mapped
+            device, arch, self.dtype, **sizes, w13=w13, w2=w2, mlp=self.mlp, bias=self.bias, expert_map=self.mapped
         )
 
     @property

@@ -74,7 +74,9 @@ def test_an_op_that_is_called_by_hand_says_what_it_cannot_do(x: torch.Tensor, re
 
 def test_it_comes_before_the_reference_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "usable", lambda: None)
-    assert oracle.choose(PROBLEM) == oracle.Choice("triton", {})
+    choice = oracle.choose(PROBLEM)
+    assert choice.kernel == "triton"
+    assert set(choice.passed_over) == {"hip"}
     passed_over = oracle.choose(replace(PROBLEM, dtype=torch.float32))
     assert passed_over.kernel == "reference"
     assert "float16 or bfloat16" in passed_over.passed_over["triton"]

@@ -60,7 +60,8 @@ def test_what_it_cannot_do_is_a_sentence(changed: dict[str, Any], reason: str) -
 def test_it_comes_before_the_reference_kernel_on_a_gpu(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "usable", lambda: None)
     problem = replace(PROBLEM, arch=arch)
-    assert oracle.choose(problem) == oracle.Choice("triton", {})
+    chosen = oracle.choose(problem)
+    assert (chosen.kernel, list(chosen.passed_over)) == ("triton", ["hip"])
     passed_over = oracle.choose(replace(problem, dtype=torch.float32))
     assert passed_over.kernel == "reference"
     assert "float16 or bfloat16" in passed_over.passed_over["triton"]

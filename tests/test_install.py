@@ -14,6 +14,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,18 @@ SOURCES = (
     "LICENSE",
     "Makefile",
 )
-FOLDERS = ("inductor_ext", "patterns", "csrc")
+FOLDERS = ("inductor_ext", "patterns", "csrc", "tests/hip")
+BUILT = ("*.so", "*.co", "manifest.json", "__pycache__")
+NO_HIP = {"INDUCTOR_EXT_HIP_KERNELS": "0"}
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
 PYTHON = "venv/bin/python"
 PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", *OFFLINE)
+
+DOUBLE = """
+#include "prelude.h"
+struct Args { float* x; };
+KERNEL(twice, Args, 32, 16) { args.x[thread()] *= 2; }
+"""
 
 PROBE = """
 import json, sys, time
@@ -85,12 +94,18 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def tree(copy: Path) -> Path:
-    """A copy of the sources, so that nothing built here lands in, or comes from, the checkout or another build."""
+    """A copy of the sources, so that nothing built here lands in, or comes from, the checkout or another build.
+
+    In place of the AMD kernels, which take long to compile, it has one that does not.
+    """
     copy.mkdir()
     for name in SOURCES:
         shutil.copy(ROOT / name, copy)
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(*BUILT))
+    for path in (copy / "csrc" / "hip").glob("*.hip"):
+        path.unlink()
+    (copy / "csrc" / "hip" / "double.hip").write_text(DOUBLE)
     return copy
 
 
@@ -120,7 +135,8 @@ def host_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["wheel", "editable"])
 def home(request: pytest.FixtureRequest, host_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a venv, `venv/`, into which inductor-ext was installed; the sources, if editable, are in it too."""
+    """A folder with a venv, `venv/`, into which inductor-ext was installed; if editable, the sources are in it too, and
+    the AMD kernels are left out."""
     folder = tmp_path_factory.mktemp(request.param)
     venv.create(folder / "venv", symlinks=True)
     (site,) = folder.glob("venv/lib/python*/site-packages")
@@ -129,7 +145,7 @@ def home(request: pytest.FixtureRequest, host_packages: Path, tmp_path_factory: 
         what = ["--editable", tree(folder / "tree")]
     else:
         what = [*request.getfixturevalue("release").glob("*.whl")]
-    run(sys.executable, "-m", "pip", "--python", folder / PYTHON, "install", *OFFLINE, *what, cwd=folder)
+    run(sys.executable, "-m", "pip", "--python", folder / PYTHON, "install", *OFFLINE, *what, cwd=folder, **NO_HIP)
     return folder
 
 
@@ -177,6 +193,10 @@ def test_what_runs_is_what_was_installed(probed: dict[str, Any], home: Path) -> 
 def test_doctor_finds_all_well(home: Path) -> None:
     printed = run(home / PYTHON, "-m", "inductor_ext", "doctor", cwd=home)
     assert re.search(r"^ +linear: cpu +usable$", printed, re.MULTILINE), printed
+    if (home / "tree").exists():
+        assert "AMD kernels were not compiled when the package was installed" in printed
+    else:
+        assert re.search(r"^ +amd gpus +gfx1100, .* compiled by .*clang", printed, re.MULTILINE), printed
 
 
 def test_torch_compile_finds_the_backend_by_its_name(home: Path) -> None:
@@ -189,29 +209,65 @@ def test_the_wheel_serves_every_python(release: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "inductor_ext/_cpu.so" in names
+    assert {f"inductor_ext/kernels/hip/objects/{name}" for name in ("gfx1100.co", "manifest.json")} <= set(names)
     assert not [name for name in names if not name.startswith(("inductor_ext/", "inductor_ext-"))]
 
 
 def test_without_a_compiler_the_build_says_what_to_do(tmp_path: Path) -> None:
-    done = attempt(*PIP_WHEEL, tree(tmp_path / "tree"), cwd=tmp_path, CXX="/no/such/compiler")
+    done = attempt(*PIP_WHEEL, tree(tmp_path / "tree"), cwd=tmp_path, CXX="/no/such/compiler", **NO_HIP)
     assert done.returncode != 0
     assert "apt install g++" in done.stdout + done.stderr
     assert "INDUCTOR_EXT_CPU_KERNEL=0" in done.stdout + done.stderr
 
 
-def test_the_cpu_kernel_can_be_left_out(tmp_path: Path) -> None:
-    run(*PIP_WHEEL, tree(tmp_path / "tree"), cwd=tmp_path, CXX="/no/such/compiler", INDUCTOR_EXT_CPU_KERNEL="0")
+def test_the_compiled_kernels_can_be_left_out(tmp_path: Path) -> None:
+    out = {"CXX": "/no/such/compiler", "INDUCTOR_EXT_CPU_KERNEL": "0"} | NO_HIP
+    run(*PIP_WHEEL, tree(tmp_path / "tree"), cwd=tmp_path, **out)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".co", "manifest.json"))]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    return tree(tmp_path / "tree")
+
+
+BUILD_HIP = ("setup.py", "build_hip", "--inplace")
+
+
+def test_without_a_compiler_for_them_the_amd_kernels_are_left_out(sources: Path) -> None:
+    """-S: without site-packages there is no ziglang, and setuptools alone is put back."""
+    setuptools = Path(find_spec("setuptools").origin).parents[1]
+    alone = sources.parent / "alone"
+    alone.mkdir()
+    for name in ("setuptools", "_distutils_hack", "wheel", "pkg_resources"):
+        if (setuptools / name).exists():
+            (alone / name).symlink_to(setuptools / name)
+    no_clang = {"PATH": "/no/such/folder", "PYTHONPATH": str(alone), "INDUCTOR_EXT_CPU_KERNEL": "0"}
+    done = attempt(sys.executable, "-S", *BUILD_HIP, cwd=sources, **no_clang)
+    assert done.returncode == 0, done.stderr
+    assert "built without the AMD kernels: no ziglang wheel" in done.stdout + done.stderr
+    assert not (sources / "inductor_ext/kernels/hip/objects").exists()
+
+
+def test_an_amd_kernel_that_does_not_compile_is_an_error(sources: Path) -> None:
+    (sources / "csrc/hip/wrong.hip").write_text(
+        '#include "prelude.h"\nint there_is_no_such_type() { return nothing; }\n'
+    )
+    done = attempt(sys.executable, *BUILD_HIP, cwd=sources, INDUCTOR_EXT_CPU_KERNEL="0")
+    assert done.returncode != 0
+    assert "the AMD kernels did not compile" in done.stderr and "'nothing'" in done.stderr
+    assert "INDUCTOR_EXT_HIP_KERNELS=0" in done.stderr
 
 
 def test_the_sdist_has_the_sources_and_nothing_built(release: Path) -> None:
     (sdist,) = release.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources <= names
+    tree = release.parent / "tree"
+    sources = {str(path.relative_to(tree)) for path in tree.glob("csrc/*/*") if path.suffix in (".cpp", ".h", ".hip")}
+    assert sources | {"csrc/hip/toolchain.py", "tests/hip/runtime.cpp", "tests/hip/lanes.h"} <= names
     assert {"LICENSE", "CHANGELOG.md", "Makefile", "setup.py", "patterns/__init__.py", "inductor_ext/py.typed"} <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    assert not [name for name in names if name.endswith((".so", ".co", ".pyc"))]

@@ -112,14 +112,14 @@ def test_a_kernel_that_does_not_load_is_passed_over(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
 def test_an_unknown_name_lists_the_known_ones(problem: Problem | MoeProblem) -> None:
-    with pytest.raises(ValueError, match=r"There is no kernel 'cup'; the kernels are cpu, reference"):
+    with pytest.raises(ValueError, match=r"There is no kernel 'cup'; the kernels are cpu, hip, reference"):
         oracle.choose(problem, "cup")
 
 
 def test_a_name_of_another_op_lists_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "only"))
     with pytest.raises(
-        ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, reference, triton\."
+        ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, hip, reference, triton\."
     ):
         kernels.load_for("moe", "only")
 

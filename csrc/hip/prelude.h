@@ -52,6 +52,15 @@ __attribute__((always_inline)) constexpr To bits(From value) {
     extern "C" __attribute__((global, amdgpu_flat_work_group_size(threads, threads), amdgpu_waves_per_eu(waves))) void name( \
         const Args args)
 
+// A kernel's argument, read again: between what is read before and after, it takes no registers. Once in a kernel: clang
+// 19 does not compile it twice.
+template <class Args>
+DEVICE Args again(const Args&) {
+    auto from = __builtin_amdgcn_kernarg_segment_ptr();
+    asm volatile("" : "+s"(from));
+    return *(const Args*)from;
+}
+
 // An array in LDS: SHARED(f16, tile, [32][72]);
 #define SHARED(type, name, dims) __attribute__((shared, aligned(16))) type name dims
 
@@ -79,6 +88,49 @@ DEVICE void wave_barrier() {
 
 // A value that all lanes of the wave share, in a scalar register.
 DEVICE i32 uniform(i32 value) { return __builtin_amdgcn_readfirstlane(value); }
+DEVICE const char* uniform(const char* address) {
+    const u64 value = reinterpret_cast<u64>(address);
+    return reinterpret_cast<const char*>(u64(u32(uniform(i32(value >> 32)))) << 32 | u32(uniform(i32(value))));
+}
+
+// The same address, which is in scalar registers already: what each lane adds to it stays an offset of 32 bits.
+DEVICE const char* scalar(const char* address) {
+    asm("" : "+s"(address));
+    return address;
+}
+
+// The same value, of which the compiler no longer knows where it comes from.
+DEVICE float opaque(float value) {
+    asm("" : "+v"(value));
+    return value;
+}
+
+// What lane `lane`, the same number in all lanes, holds, in a scalar register.
+DEVICE float read_lane(float value, u32 lane) { return bits<float>(__builtin_amdgcn_readlane(bits<i32>(value), lane)); }
+
+// From memory that nobody writes while the kernel runs, at an address that all lanes of the wave share, a multiple of 4:
+// into scalar registers, by one instruction, which adds the offset itself.
+template <class V>
+DEVICE V scalar_load(const char* base, u32 offset = 0, i32 further = 0) {
+    typedef V __attribute__((aligned(4), may_alias)) Any;
+    using Constant = const char __attribute__((address_space(4)))*;
+    asm volatile("" : "+s"(offset));
+    const Constant from = (Constant)(base) + offset + further;
+    return *(const volatile Any __attribute__((address_space(4)))*)(from);
+}
+
+// What scalar_load gave is waited for here. They arrive in any order, so a later wait is for all that were begun by then.
+DEVICE void arrived(u32 value) { asm volatile("" ::"s"(value)); }
+
+// The compiler moves no instruction from before to after this, or the other way round.
+DEVICE void stay() { __builtin_amdgcn_sched_barrier(0); }
+
+// The same offset, of which the compiler no longer knows that it was there before the loop: the load adds it to the base,
+// which is in scalar registers, and no instruction does.
+DEVICE u32 anew(u32 offset) {
+    asm volatile("" : "+v"(offset));
+    return offset;
+}
 
 // The value that the lane with this lane's number xor `mask` holds.
 template <int mask>
@@ -95,6 +147,9 @@ DEVICE float shuffle_xor(float value) {
 
 // The value that lane `lane` of the wave holds.
 DEVICE u32 shuffle(u32 value, u32 lane) { return __builtin_amdgcn_ds_bpermute(lane * 4, value); }
+
+// Within one unit in the last place.
+DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
 
 // a.x * b.x + a.y * b.y + c
 DEVICE float dot2(f16x2 a, f16x2 b, float c) { return __builtin_amdgcn_fdot2(a, b, c, false); }
@@ -119,6 +174,10 @@ DEVICE f32x8 wmma(bf16x16 a, bf16x16 b, f32x8 c) { return __builtin_amdgcn_wmma_
 DEVICE u32 count(u32* counter, u32 by) {
     return __hip_atomic_fetch_add(counter, by, __ATOMIC_ACQ_REL, __HIP_MEMORY_SCOPE_AGENT);
 }
+// What this thread wrote is seen by whoever knows of a count that comes after, made by another thread of the block.
+DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
+// What was written before a count that this thread knows of, by whatever way, is seen after.
+DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 // The same for a counter in LDS; a barrier makes it visible.
 DEVICE u32 count_shared(u32* counter, u32 by) {
     return __hip_atomic_fetch_add(counter, by, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);

@@ -232,11 +232,13 @@ class MoeKernel(Protocol):
 KERNELS: dict[str, dict[str, str]] = {
     "linear": {
         "cpu": "inductor_ext.kernels.cpu",
+        "hip": "inductor_ext.kernels.hip.linear",
         "triton": "inductor_ext.kernels.gpu.linear",
         "reference": "inductor_ext.kernels.reference",
     },
     "moe": {
         "cpu": "inductor_ext.kernels.cpu_moe",
+        "hip": "inductor_ext.kernels.hip.experts",
         "triton": "inductor_ext.kernels.gpu.experts",
         "reference": "inductor_ext.kernels.reference_moe",
     },

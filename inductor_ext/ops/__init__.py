@@ -4,6 +4,17 @@ implementation, autograd."""
 from inductor_ext.ops.align import moe_align_block_size
 from inductor_ext.ops.linear import linear
 from inductor_ext.ops.moe import moe
+from inductor_ext.ops.rdna3 import gptq_gemm_rdna3, moe_gptq_gemm_rdna3
+from inductor_ext.ops.rdna3_wmma import gptq_gemm_rdna3_wmma, moe_gemm_w4a16
 from inductor_ext.ops.triton_gemm import triton_w4a16_gemm
 
-__all__ = ["linear", "moe", "moe_align_block_size", "triton_w4a16_gemm"]
+__all__ = [
+    "gptq_gemm_rdna3",
+    "gptq_gemm_rdna3_wmma",
+    "linear",
+    "moe",
+    "moe_align_block_size",
+    "moe_gemm_w4a16",
+    "moe_gptq_gemm_rdna3",
+    "triton_w4a16_gemm",
+]

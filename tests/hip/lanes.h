@@ -297,16 +297,34 @@ inline i32 uniform(i32 value, int line = __builtin_LINE()) {
     lanes::together(&value, lanes::agree, line);
     return value;
 }
+inline const char* uniform(const char* address, int line = __builtin_LINE()) {
+    const u64 value = reinterpret_cast<u64>(address);
+    uniform(i32(value >> 32), line);
+    uniform(i32(value), line);
+    return address;
+}
+DEVICE const char* scalar(const char* address) { return address; }
 inline u32 shuffle(u32 value, u32 lane, int line = __builtin_LINE()) {
     lanes::Exchange slot{value, lane, 0};
     lanes::together(&slot, lanes::exchange, line);
     return slot.got;
+}
+inline float read_lane(float value, u32 lane, int line = __builtin_LINE()) {
+    return bits<float>(shuffle(bits<u32>(value), lane, line));
+}
+template <class V>
+DEVICE V scalar_load(const char* base, u32 offset = 0, i32 further = 0) {
+    V value;
+    memcpy(&value, base + offset + further, sizeof value);
+    return value;
 }
 template <int mask>
 float shuffle_xor(float value, int line = __builtin_LINE()) {
     static_assert(0 < mask && mask < WAVE);
     return bits<float>(shuffle(bits<u32>(value), (thread() % WAVE) ^ mask, line));
 }
+
+DEVICE float reciprocal(float x) { return 1 / x; }
 
 DEVICE float dot2(f16x2 a, f16x2 b, float c) { return lanes::wide(a.x) * lanes::wide(b.x) + lanes::wide(a.y) * lanes::wide(b.y) + c; }
 DEVICE float dot2(bf16x2 a, bf16x2 b, float c) { return lanes::wide(a.x) * lanes::wide(b.x) + lanes::wide(a.y) * lanes::wide(b.y) + c; }
@@ -316,3 +334,16 @@ inline f32x8 wmma(bf16x16 a, bf16x16 b, f32x8 c, int line = __builtin_LINE()) { 
 
 DEVICE u32 count(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
 DEVICE u32 count_shared(u32* counter, u32 by) { return __atomic_fetch_add(counter, by, __ATOMIC_SEQ_CST); }
+DEVICE float opaque(float value) { return value; }
+DEVICE void acquire() {}
+DEVICE void release() {}
+DEVICE void stay() {}
+DEVICE void arrived(u32) {}
+template <class V>
+V anew(V value) {
+    return value;
+}
+template <class Args>
+Args again(const Args& args) {
+    return args;
+}

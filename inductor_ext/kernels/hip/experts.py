@@ -1,0 +1,189 @@
+"""The HIP kernels for ``w4a16::moe`` on RDNA 3: dot2 for few tokens an expert, WMMA for many, from one copy of the
+weights.
+
+    qweight  int32 [E, K/8, N]: codes 2 p and 2 p + 1 of 8 neighbours along K in bits 4 p and 16 + 4 p
+    scales   [E, K/G, N], in the activations' dtype
+    zeros    uint8 [E, K/G, N], 0..16
+
+Three launches with many tokens: the slots sorted, W13 with the activation behind it, W2; and one more adds up the
+choices of each token. With few the activation is a launch of its own, and W2 adds them up itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
+from inductor_ext.kernels.hip import dot, linear, moe, objects, profile, routing, runtime, wmma
+
+NAME = "hip"
+CHECKS_WEIGHTS = False
+
+usable = runtime.why_unusable
+
+
+def reject(problem: MoeProblem) -> str | None:
+    if problem.op != "moe":
+        return f"The kernel computes moe, not {problem.op}."
+    if problem.device != "cuda" or not problem.arch.startswith("gfx"):
+        return f"The kernel runs on AMD GPUs, not on {problem.device} ({problem.arch})."
+    if not problem.arch.startswith("gfx11"):
+        return f"The kernel needs the WMMA of RDNA 3 (gfx11); this is {problem.arch}."
+    if (reason := objects.why_unusable(problem.arch)) is not None:
+        return reason
+    if problem.dtype not in dot.NAMES:
+        return f"The activations must be float16 or bfloat16, not {problem.dtype}."
+    if problem.E > routing.MOST_EXPERTS:
+        return f"There may be {routing.MOST_EXPERTS} experts at most, not {problem.E}."
+    for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
+        if weight.scale_dtype != problem.dtype:
+            return f"The scales must have the activations' dtype, {problem.dtype}, not {weight.scale_dtype}."
+        if weight.zeros == "float":
+            return "The zeros must be integers, not floats."
+        if (reason := linear.why_not(K, weight.group_size)) is not None:
+            return reason
+    if problem.mlp.activation not in ACTIVATIONS:
+        return f"The activation must be one of {', '.join(ACTIVATIONS)}, not {problem.mlp.activation}."
+    if problem.mlp.gate_up not in GATE_UP:
+        return f"The layout of gate and up must be one of {', '.join(GATE_UP)}, not {problem.mlp.gate_up}."
+    return None
+
+
+def pack(weight: PackedInt4, experts: int) -> Packed:
+    N, K = weight.N // experts, weight.K
+    groups = (experts, weight.scales.shape[1], N)
+    packed = Packed(
+        weight.codes.new_empty(experts, K // 8, N),
+        weight.scales.new_empty(groups),
+        None if weight.zeros is None else weight.zeros.new_empty(groups),
+        None,
+    )
+    for e in range(experts):
+        rows = slice(e * N, (e + 1) * N)
+        zeros = None if weight.zeros is None else weight.zeros[rows]
+        one = linear.pack(PackedInt4(weight.codes[rows], weight.scales[rows], zeros))
+        packed.qweight[e], packed.scales[e] = one.qweight, one.scales
+        if packed.zeros is not None and one.zeros is not None:
+            packed.zeros[e] = one.zeros
+    return packed
+
+
+def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+    each = [
+        linear.unpack(
+            Packed(packed.qweight[e], packed.scales[e], None if packed.zeros is None else packed.zeros[e], None),
+            N, K, group_size,
+        )
+        for e in range(packed.qweight.shape[0])
+    ]  # fmt: skip
+    zeros = None if packed.zeros is None else torch.cat([w.zeros for w in each if w.zeros is not None])
+    return PackedInt4(torch.cat([w.codes for w in each]), torch.cat([w.scales for w in each]), zeros)
+
+
+def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
+    if N % 8 != 0:
+        raise ValueError(f"N must be a multiple of 8, it is {N}.")
+    return canonical.of_experts(E, linear.layout(packed, N, K, group_size))
+
+
+def run(
+    x: Tensor,
+    routing: Routing,
+    w13: Packed,
+    w2: Packed,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    mlp: Mlp,
+    intermediate_size: int,
+    group_sizes: tuple[int, int],
+) -> Tensor:
+    if not x.dtype == w13.scales.dtype == w2.scales.dtype:
+        raise RuntimeError(
+            f"The HIP kernels take x in the scales' dtype; x is {x.dtype}, the scales are {w13.scales.dtype} and"
+            f" {w2.scales.dtype}."
+        )
+    slots = routing.topk_ids.numel()
+    if 2 * max(x.numel(), slots * intermediate_size) >= 2**32:
+        raise RuntimeError(
+            f"x {list(x.shape)} and what its {slots} choices become between the projections must each have less than"
+            " 4 GiB; split the tokens."
+        )
+    if slots == 0:
+        return torch.zeros_like(x)
+    routing = routing._replace(
+        topk_ids=routing.topk_ids.contiguous(), topk_weights=routing.topk_weights.float().contiguous()
+    )
+    few = w13_bias is None and w2_bias is None and slots <= 8 * routing.number
+    with profile.scope(x, routing, w13, w2, group_sizes, height(slots, routing.number, few)):
+        if few:
+            return _few(x, routing, w13, w2, mlp, intermediate_size)
+        return _many(x, routing, w13, w2, w13_bias, w2_bias, mlp, intermediate_size)
+
+
+def height(slots: int, experts: int, few: bool) -> int:
+    """Of blocks: about as many slots as an expert has. Not tuned: nobody has run it."""
+    if few:
+        return dot.height(-(-slots // experts))
+    return 16 if slots < 24 * experts else 32 if slots < 192 * experts else 64
+
+
+def _few(x: Tensor, routed: Routing, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> Tensor:  # noqa: E741
+    k, E, slots = routed.topk_ids.shape[1], w13.qweight.shape[0], routed.topk_ids.numel()
+    blocks = routing.route(routed, E, height(slots, routed.number, True))
+    weights = routed.topk_weights.view(-1)
+    weigh_x = mlp.apply_router_weight_on_input
+    h = torch.empty(slots, w13.qweight.shape[2], dtype=torch.float32, device=x.device)
+    moe.gemm(x, *_tensors(w13), *blocks[:3], weights if weigh_x else None, h, blocks.height, k, 1)
+    act = torch.empty(slots, I, dtype=x.dtype, device=x.device)
+    routing.activate(h, mlp, act)
+    if weigh_x:
+        weights = torch.ones_like(weights)
+    out = torch.zeros_like(x)
+    moe.gemm(act, *_tensors(w2), *blocks[:3], weights * mlp.routed_scaling, out, blocks.height, 1, k)
+    return out
+
+
+def _many(
+    x: Tensor,
+    routed: Routing,
+    w13: Packed,
+    w2: Packed,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    mlp: Mlp,
+    I: int,  # noqa: E741
+) -> Tensor:
+    k, E, slots = routed.topk_ids.shape[1], w13.qweight.shape[0], routed.topk_ids.numel()
+    blocks = routing.route(routed, E, height(slots, routed.number, False))
+    weights = routed.topk_weights.view(-1)
+    before, behind = wmma.Weigh.NOTHING, wmma.Weigh.RESULT
+    if mlp.apply_router_weight_on_input:
+        before, behind = wmma.Weigh.INPUT, wmma.Weigh.NOTHING
+
+    act = torch.empty(slots, I, dtype=x.dtype, device=x.device)
+    alpha, limit = routing.steepness(mlp)
+    wmma.routed(
+        x,
+        wmma.Weight(*_tensors(w13), w13_bias),
+        wmma.Slots(blocks.sorted, blocks.experts, blocks.height, k, before, weights),
+        act,
+        wmma.Act(mlp.activation, mlp.gate_up, alpha, limit),
+    )
+    # float32 up to where its traffic would count; rounded to x's dtype beyond (see MoeKernel.run).
+    y = torch.empty(slots, x.shape[1], dtype=torch.float32 if slots <= 8192 else x.dtype, device=x.device)
+    wmma.routed(
+        act,
+        wmma.Weight(*_tensors(w2), w2_bias),
+        wmma.Slots(blocks.sorted, blocks.experts, blocks.height, 1, behind, weights),
+        y,
+    )
+    out = torch.empty_like(x)
+    routing.combine(y, routed, E, mlp.routed_scaling, out)
+    return out
+
+
+def _tensors(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, dot.Zeros]:
+    kind = dot.Zeros.EIGHT if packed.zeros is None else dot.Zeros.BYTES
+    return packed.qweight, packed.scales, packed.zeros, kind

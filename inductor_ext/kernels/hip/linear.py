@@ -1,0 +1,108 @@
+"""The HIP kernels for ``w4a16::linear`` on RDNA.
+
+    qweight  int32 [K/8, Np]: codes 2 p and 2 p + 1 of 8 neighbours along K in bits 4 p and 16 + 4 p
+    scales   [K/G, Np], in the activations' dtype
+    zeros    uint8 [K/G, Np], 0..16
+    order    int32 [K]: stored k is the weight's column order[k] (the inverse of the canonical form's)
+
+Np is N filled up to a multiple of 8, with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
+from inductor_ext.kernels import Expected, Layout, Packed, Problem
+from inductor_ext.kernels.hip import dense, dot, objects, runtime, wmma
+
+NAME = "hip"
+
+_FLOATS = (torch.float16, torch.bfloat16)
+
+usable = runtime.why_unusable
+
+
+def reject(problem: Problem) -> str | None:
+    if problem.op != "linear":
+        return f"The kernel computes linear, not {problem.op}."
+    if problem.device != "cuda" or not problem.arch.startswith("gfx"):
+        return f"The kernel runs on AMD GPUs, not on {problem.device} ({problem.arch})."
+    if (reason := objects.why_unusable(problem.arch)) is not None:
+        return reason
+    if problem.dtype not in _FLOATS:
+        return f"The activations must be float16 or bfloat16, not {problem.dtype}."
+    if problem.scale_dtype != problem.dtype:
+        return f"The scales must have the activations' dtype, {problem.dtype}, not {problem.scale_dtype}."
+    if problem.zeros == "float":
+        return "The zeros must be integers, not floats."
+    return why_not(problem.K, problem.group_size)
+
+
+def why_not(K: int, group_size: int) -> str | None:
+    if group_size % dot.STEP != 0 or K % group_size != 0:
+        return f"The group size must be a multiple of {dot.STEP} that divides K={K}; it is {group_size}."
+    return None
+
+
+def pack(weight: PackedInt4) -> Packed:
+    N, K = weight.N, weight.K
+    words = torch.zeros(K // 8, _filled(N), dtype=torch.int32, device=weight.codes.device)
+    for rows, block in weight.blocks():
+        words[:, :N][:, rows] = EXLLAMA.pack(block.stored_codes().t(), 0)
+    return Packed(
+        words,
+        _by_group(weight.scales),
+        None if weight.zeros is None else _by_group(weight.zeros),
+        None if weight.order is None else weight.order.argsort().int(),
+    )
+
+
+def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+    codes = torch.empty(N, K // 8, dtype=torch.int32, device=packed.qweight.device)
+    step = max(1, (1 << 22) // K)
+    for start in range(0, N, step):
+        words = packed.qweight[:, start : min(start + step, N)]
+        stored = EXLLAMA.unpack(words, 0, K, words.shape[1])
+        codes[start : start + step] = SEQUENTIAL.pack(stored.t(), 1)
+    return PackedInt4(
+        codes,
+        packed.scales[:, :N].t().contiguous(),
+        None if packed.zeros is None else packed.zeros[:, :N].t().contiguous(),
+        None if packed.order is None else packed.order.argsort().int(),
+    )
+
+
+def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
+    if (reason := why_not(K, group_size)) is not None:
+        raise ValueError(reason)
+    groups = (K // group_size, _filled(N))
+    return Layout(
+        Expected((K // 8, _filled(N)), (torch.int32,)),
+        Expected(groups, _FLOATS),
+        Expected(groups, (torch.uint8,)),
+        Expected((K,), (torch.int32,)),
+    )
+
+
+def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
+    if x.dtype != packed.scales.dtype:
+        raise RuntimeError(f"The HIP kernel takes x in the scales' dtype, {packed.scales.dtype}, not {x.dtype}.")
+    if packed.order is not None:
+        x = x.index_select(1, packed.order)
+    out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
+    kind = dot.Zeros.EIGHT if packed.zeros is None else dot.Zeros.BYTES
+    many = x.shape[0] > 8 and runtime.arch(x.device).startswith("gfx11")
+    gemm = wmma.gemm if many else dense.gemm
+    gemm(x, packed.qweight, packed.scales, packed.zeros, kind, bias, out)
+    return out
+
+
+def _filled(N: int) -> int:
+    return -(-N // 8) * 8
+
+
+def _by_group(values: Tensor) -> Tensor:
+    """[N, groups] as [groups, Np]."""
+    return torch.nn.functional.pad(values.t(), (0, _filled(values.shape[0]) - values.shape[0])).contiguous()
