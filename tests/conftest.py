@@ -12,6 +12,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
+def without_codegen() -> Iterator[None]:
+    """Inductor with all its passes, but no C++ generated: each node runs as it is. A whole model's code takes a minute to
+    compile, nearly all of it in g++."""
+    known = hasattr(torch._inductor.config, "fallback_by_default")  # not in torch 2.11
+    with torch._inductor.config.patch({"fallback_by_default": True} if known else {}):
+        yield
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the kernels are asked to do during the test."""
     return Calls(monkeypatch)

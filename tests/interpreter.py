@@ -6,9 +6,11 @@ The interpreter has to be chosen before triton is imported, so such a file of te
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,17 @@ needs_a_device = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="needs a CUDA or ROCm device, and this machine has none; another test runs these in Triton's interpreter",
 )
+
+
+def thinned(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """All combinations of three or more values; in the slow interpreter a third of them, with every pair of values of
+    two axes among them."""
+    numbered = itertools.product(*(enumerate(axis) for axis in axes))
+    return [
+        tuple(value for _, value in case)
+        for case in numbered
+        if not INTERPRETED or sum(number for number, _ in case) % 3 == 0
+    ]
 
 
 def passes(name: str) -> None:

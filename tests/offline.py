@@ -42,6 +42,9 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KB),
 }
 """By the names that `inductor_ext.devices` gives."""
+TWINS = {"gfx1151": "gfx1100"}
+"""The same instructions and registers, so the same code from the compiler."""
+DIFFERENT = [target for target in TARGETS if target not in TWINS]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ from models import GPTQ, CompressedTensors, chain, rel_l2
 from inductor_ext import kernels
 
 seed = int(sys.argv[1])
+if hasattr(torch._inductor.config, "fallback_by_default"):
+    torch._inductor.config.fallback_by_default = True  # no C++ is generated, which would take a minute
 reference = kernels.load("reference")
 ran, original = [], reference.run
 reference.run = lambda *args: ran.append(1) or original(*args)

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_new_process() -> None:
+def as_in_a_new_process(without_codegen: None) -> None:
     """Without what other tests compiled: after a few recompilations of one forward, Dynamo runs it uncompiled."""
     torch.compiler.reset()
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 from dense import ZEROS, activations, dense, expected, weight
-from interpreter import DEVICE, DTYPES, INTERPRETED, needs_a_device
+from interpreter import DEVICE, DTYPES, INTERPRETED, needs_a_device, thinned
 from models import OWED, rel_l2
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
@@ -26,6 +26,7 @@ ROUNDED = dataclasses.replace(WIDE, WIDTH=32, ROUNDED=True)  # for many rows
 VARIANTS = {"plain": PLAIN, "wide": WIDE, "half": HALF, "wide half": WIDE_HALF, "short": SHORT, "rounded": ROUNDED}
 SIZES = {32: 416, 64: 448, 128: 640, 256: 512, 384: 768, 0: 328}
 """Group size -> K; 0 is one group. Most are no whole number of tiles."""
+CASES = thinned(SIZES, ZEROS, VARIANTS)
 
 
 def launched(
@@ -40,9 +41,7 @@ def launched(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("zeros", ZEROS)
-@pytest.mark.parametrize("G", SIZES)
+@pytest.mark.parametrize(("G", "zeros", "variant"), CASES)
 def test_every_variant(G: int, zeros: str, variant: str, dtype: torch.dtype) -> None:
     """All groups and zeros with each. Float zeros cannot be taken off the codes, whatever the variant says."""
     K = SIZES[G]

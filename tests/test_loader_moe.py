@@ -275,7 +275,9 @@ def write_wide_awq(folder: Path, layers: int) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_a_qwen3_moe_from_disk_runs_rewritten_and_generates_the_dense_models_tokens(tmp_path: Path) -> None:
+def test_a_qwen3_moe_from_disk_runs_rewritten_and_generates_the_dense_models_tokens(
+    tmp_path: Path, without_codegen: None
+) -> None:
     checkpoint = write_compressed_tensors(tmp_path, moe("qwen3_moe"), symmetric=False)
     model, reference = load(checkpoint, dtype=torch.float32), checkpoint.reference()
     torch.compiler.reset()

@@ -80,7 +80,9 @@ def test_near_misses_are_left_alone(case: Case, dtype: torch.dtype, without_indu
 
 
 @pytest.mark.parametrize("case", CORE, ids=named)
-def test_left_alone_is_plain_inductor_to_the_bit(case: Case) -> None:
+def test_left_alone_is_plain_inductor_to_the_bit(case: Case, request: pytest.FixtureRequest) -> None:
+    if case is not CORE[0]:
+        request.getfixturevalue("without_codegen")
     results = []
     for name in ("inductor", "w4a16"):
         torch.compiler.reset()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from offline import TARGETS, Facts, Recorder, uses_matrix_units
+from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_units
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Packed
@@ -49,7 +49,7 @@ def check(facts: Facts, target: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("M", [1, 16, 64, 256])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DIFFERENT)
 def test_every_number_of_rows(compiled: Any, target: str, M: int) -> None:
     facts = compiled(target, M, torch.float16)
     check(facts, target, torch.float16)
@@ -59,13 +59,13 @@ def test_every_number_of_rows(compiled: Any, target: str, M: int) -> None:
 
 
 @pytest.mark.parametrize(("M", "G"), [(16, 128), (64, 64)])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DIFFERENT)
 def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None:
     check(compiled(target, M, torch.bfloat16, G, zeros=True), target, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DIFFERENT)
 def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
     kernel = Recorder(dequantise.dequantise_kernel)
     monkeypatch.setattr(dequantise, "dequantise_kernel", kernel)
@@ -74,3 +74,9 @@ def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: t
     facts = kernel.compile(target)
     assert facts.spills == 0
     assert facts.load_bytes("tl.load(row_pointers") == {16}
+
+
+@pytest.mark.parametrize("target", TWINS)
+def test_twins_are_treated_alike(target: str) -> None:
+    for M in (1, 16, 64, 256):
+        assert tuning.dense(M, N, K, target, 40) == tuning.dense(M, N, K, TWINS[target], 40)

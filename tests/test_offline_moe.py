@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from offline import TARGETS, Facts, Recorder, uses_matrix_units
+from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_units
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Mlp, Packed, Routing
@@ -15,8 +15,6 @@ from inductor_ext.kernels.gpu import experts, linear, moe, routing, tuning
 
 E, K, H, I = 128, 8, 2048, 768  # noqa: E741
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-TWINS = {"gfx1151": "gfx1100"}
-"""The same instructions and registers, so the same code from the compiler."""
 
 
 def packed(N: int, K: int, G: int, zeros: bool, dtype: torch.dtype) -> Packed:
@@ -64,7 +62,7 @@ def check(facts: Facts, target: str, dtype: torch.dtype) -> None:
     [(8, torch.float16), (128, torch.bfloat16), (2048, torch.float16), (32768, torch.bfloat16)],
     ids=str,
 )
-@pytest.mark.parametrize("target", [target for target in TARGETS if target not in TWINS])
+@pytest.mark.parametrize("target", DIFFERENT)
 def test_any_number_of_tokens(launched: Any, target: str, pairs: int, dtype: torch.dtype) -> None:
     kernels = launched(target, pairs, dtype)
     assert set(kernels) == {"up_kernel", "down_kernel"} | ({"add_up_kernel", "route_kernel"} if pairs > 32 else set())
@@ -74,12 +72,12 @@ def test_any_number_of_tokens(launched: Any, target: str, pairs: int, dtype: tor
         check(kernels["down_kernel"].compile(target), target, dtype)
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target not in TWINS])
+@pytest.mark.parametrize("target", DIFFERENT)
 def test_zeros_and_smaller_groups(launched: Any, target: str) -> None:
     check(launched(target, 2048, torch.bfloat16, 32, zeros=True)["up_kernel"].compile(target), target, torch.bfloat16)
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target not in TWINS])
+@pytest.mark.parametrize("target", DIFFERENT)
 def test_routing_and_adding_up(launched: Any, target: str) -> None:
     kernels = launched(target, 32768, torch.bfloat16)
     for name in ("route_kernel", "add_up_kernel"):

@@ -124,6 +124,10 @@ struct Parts {
     using Row = vec<u32, LENGTH * 4>;
     Row rows[ROWS];
 
+    DEVICE void wait() const {
+#pragma unroll
+        for (int m = 0; m < ROWS; ++m) arrived(rows[m][0]);
+    }
     // Part number `i`, from 0 to COUNT - 1, of the step at x.
     DEVICE void fetch(const char* x, const u32 (&offsets)[M], int i) {
 #pragma unroll
@@ -179,6 +183,7 @@ DEVICE void multiply(const Weight& w, const Rows<M>& rows, i32 first, i32 last, 
         f32x4 products[M] = {};
 #pragma unroll
         for (int i = 0; i < P::COUNT; ++i) {
+            parts[i % 2].wait();
             parts[(i + 1) % 2].fetch(i + 1 < P::COUNT ? x : next, rows.offsets, (i + 1) % P::COUNT);
 #pragma unroll
             for (int j = i / P::BY_ROWS * P::LENGTH, at = 0; at < P::LENGTH; ++at, ++j) {

@@ -119,6 +119,9 @@ DEVICE V scalar_load(const char* base, u32 offset = 0, i32 further = 0) {
     return *(const volatile Any __attribute__((address_space(4)))*)(from);
 }
 
+// What scalar_load gave is waited for here. They arrive in any order, so a later wait is for all that were begun by then.
+DEVICE void arrived(u32 value) { asm volatile("" ::"s"(value)); }
+
 // The compiler moves no instruction from before to after this, or the other way round.
 DEVICE void stay() { __builtin_amdgcn_sched_barrier(0); }
 

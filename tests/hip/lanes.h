@@ -338,6 +338,7 @@ DEVICE float opaque(float value) { return value; }
 DEVICE void acquire() {}
 DEVICE void release() {}
 DEVICE void stay() {}
+DEVICE void arrived(u32) {}
 template <class V>
 V anew(V value) {
     return value;
