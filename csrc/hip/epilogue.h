@@ -48,7 +48,7 @@ struct Epilogue {
             each(rows + r * 16, [&](i32 line, i32 row, i32 place) {
                 const char* from = room + line * PITCH;
                 if (args.partials)
-                    reinterpret_cast<f32x4*>(args.partials)[part_of(block_z(), row, first + place)] = at<f32x4>(from, place * 4);
+                    *reinterpret_cast<f32x4*>(part_of(block_z(), row, first + place)) = at<f32x4>(from, place * 4);
                 else
                     write(row, first + place, result(from, row, place));
             });
@@ -69,12 +69,14 @@ struct Epilogue {
         for (i32 r = 0; r < ROWS; ++r)
             each(rows + r * 16, [&](i32, i32 row, i32 place) {
                 const i32 n = first + place;
-                const f32x4 sum = in_order(args.partials + part_of(0, row, n) * 4, args.splits, i64(args.rows) * args.N);
+                const f32x4 sum = in_order(part_of(0, row, n), args.splits, i64(args.rows) * args.N);
                 write(row, n, activated(args.activation, biased(sum, n), args.alpha));
             });
     }
 
-    DEVICE i64 part_of(i32 split, i32 row, i32 n) const { return ((i64(split) * args.rows + row) * args.N + n) / 4; }
+    DEVICE float* part_of(i32 split, i32 row, i32 n) const {
+        return args.partials + (i64(split) * args.rows + row) * args.N + n;
+    }
 
     // Four columns each, of 16 rows.
     template <class Do>

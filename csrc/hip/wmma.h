@@ -213,7 +213,8 @@ DEVICE void multiply_and_store(const WmmaArgs& args) {
     const i32 first_stage = block_z() * args.stages, k = uniform(first_stage * STAGE);
     const i32 stages = uniform(least(args.stages, args.K / STAGE - first_stage));
     const char* x = uniform(args.x + i64(k) * 2);
-    u32 mine = (static_cast<u32>(slot) < static_cast<u32>(args.rows) ? slot : 0) / args.per_row * (args.K * 2) + thread() % 4 * 16;
+    const u32 row = (static_cast<u32>(slot) < static_cast<u32>(args.rows) ? slot : 0) / args.per_row;
+    u32 mine = row * (args.K * 2) + thread() % 4 * 16;
     Weights weights(args, expert, Out::column(args), k);
 
     char* ring = reinterpret_cast<char*>(room);
