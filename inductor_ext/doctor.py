@@ -13,7 +13,7 @@ import torch
 from torch._dynamo import list_backends
 
 from inductor_ext.kernels import KERNELS, why_unusable
-from inductor_ext.kernels.hip import objects
+from inductor_ext.kernels.hip import objects, probe, runtime
 
 BACKEND = "w4a16"
 PACKAGES = ("inductor-ext", "torch", "triton", "transformers", "safetensors", "compressed-tensors")
@@ -134,7 +134,20 @@ def _kernel(op: str, name: str) -> Fact:
 def _code_objects() -> list[Fact]:
     there = objects.archs()
     value = there if isinstance(there, str) else f"{', '.join(there)}; compiled by {objects.compiler()}"
-    return [Fact("amd gpus", value)]
+    return [Fact("amd gpus", value), *_launches()]
+
+
+def _launches() -> list[Fact]:
+    """Of one small kernel on each AMD GPU that the code objects are for."""
+    if runtime.why_unusable() is not None:
+        return []
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        if objects.why_not_for(runtime.arch(device)) is None:
+            why = probe.why_not(device)
+            rows.append(Fact(f"launch on gpu {index}", why or "right", wrong=why is not None))
+    return rows
 
 
 def _backend() -> list[Fact]:

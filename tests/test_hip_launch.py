@@ -19,20 +19,10 @@ from torch import Tensor
 
 from inductor_ext import doctor
 from inductor_ext.kernels.hip import objects, runtime
+from inductor_ext.kernels.hip.probe import ProbeArgs, why_not
 
 ARCH = "gfx1151"
 CPU = torch.device("cpu")
-
-
-class ProbeArgs(ctypes.Structure):
-    """As csrc/hip/probe.hip has it."""
-
-    _fields_ = (
-        ("from", ctypes.c_void_p),
-        ("to", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("by", ctypes.c_float),
-    )
 
 
 @pytest.fixture
@@ -284,3 +274,22 @@ def test_doctor_tells_how_to_get_them(installed: Path) -> None:
     (fact,) = doctor.facts()["code objects"]
     assert not fact.wrong
     assert "were not compiled" in fact.value and "pip install ziglang" in fact.value
+
+
+def test_they_are_built_for_what_the_kernels_are_chosen_for() -> None:
+    assert objects.ARCHS == hip_lanes.toolchain.ARCHS
+
+
+def test_no_kernel_is_usable_where_its_code_object_is_not(installed: Path, lanes: Lanes) -> None:
+    assert runtime.why_unusable() is None
+    (installed / "objects" / f"{ARCH}.co").unlink()
+    objects._find.cache_clear()
+    assert f"for {ARCH} are missing" in (runtime.why_unusable() or "")
+
+
+def test_doctor_launches_a_kernel(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not(CPU) is None
+    lanes.fail_next(719)
+    assert "unspecified launch failure" in (why_not(CPU) or "")
+    monkeypatch.setattr(runtime, "launch", lambda *given: None)
+    assert why_not(CPU) == "A kernel ran and its result is wrong."

@@ -31,7 +31,7 @@ def reject(problem: MoeProblem) -> str | None:
         return f"The kernel runs on AMD GPUs, not on {problem.device} ({problem.arch})."
     if not problem.arch.startswith("gfx11"):
         return f"The kernel needs the WMMA of RDNA 3 (gfx11); this is {problem.arch}."
-    if (reason := objects.why_unusable(problem.arch)) is not None:
+    if (reason := objects.why_not_for(problem.arch)) is not None:
         return reason
     if problem.dtype not in dot.NAMES:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."

@@ -29,7 +29,7 @@ def reject(problem: Problem) -> str | None:
         return f"The kernel computes linear, not {problem.op}."
     if problem.device != "cuda" or not problem.arch.startswith("gfx"):
         return f"The kernel runs on AMD GPUs, not on {problem.device} ({problem.arch})."
-    if (reason := objects.why_unusable(problem.arch)) is not None:
+    if (reason := objects.why_not_for(problem.arch)) is not None:
         return reason
     if problem.dtype not in _FLOATS:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."

@@ -13,6 +13,9 @@ FOLDER = Path(__file__).resolve().parent / "objects"
 SOURCES = FOLDER.parents[3] / "csrc" / "hip"
 """Beside the package in an editable install; nowhere in others."""
 
+ARCHS = ("gfx1100", "gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1200", "gfx1201")
+"""What the kernels are compiled for."""
+
 GET = (
     "To have them, install the package again with clang 18 or newer and lld at hand, or after `pip install ziglang`"
     " with --no-build-isolation."
@@ -25,6 +28,11 @@ class CodeObject:
     image: bytes
     kernels: tuple[str, ...]
     """The names of those in it; some architectures lack some."""
+
+
+def why_not_for(arch: str) -> str | None:
+    """Why the kernels do not run on an architecture, whatever is installed here, as a sentence; None if they do."""
+    return None if arch in ARCHS else f"The kernel is compiled for {', '.join(ARCHS)}, not for {arch}."
 
 
 def why_unusable(arch: str) -> str | None:

@@ -123,8 +123,9 @@ def why_unusable() -> str | None:
     found = _opened()
     if isinstance(found, str):
         return found
-    there = objects.archs()
-    return there if isinstance(there, str) else None
+    here = {found.simulated or _arch(index) for index in range(1 if found.simulated else torch.cuda.device_count())}
+    reasons = (objects.why_unusable(arch) for arch in sorted(here) if objects.why_not_for(arch) is None)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def arch(device: torch.device) -> str:
