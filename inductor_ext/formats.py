@@ -169,13 +169,40 @@ def nibbles_per_word(dtype: torch.dtype) -> int:
     return dtype.itemsize * 2
 
 
+@dataclasses.dataclass(frozen=True)
+class TileOrder:
+    """How int32 words hold the codes of a weight [N, K] in tiles of neighbouring rows and columns.
+
+    "n3" is bit 3 of a code's row in its tile, "k0" the lowest bit of its column. ``nibble`` says which of them the bits
+    of the nibble's number in its word are, from the lowest up, ``word`` the same of the word's number in the tile. The
+    tiles of the first columns come first.
+    """
+
+    name: str
+    nibble: tuple[str, str, str]
+    word: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return 1 << sum(bit.startswith("n") for bit in (*self.nibble, *self.word))
+
+    @property
+    def columns(self) -> int:
+        return 1 << sum(bit.startswith("k") for bit in (*self.nibble, *self.word))
+
+
 SEQUENTIAL = BitOrder("sequential", tuple(range(8)))
 """compressed-tensors and GPTQ (along K), the MI300 Triton GEMM (along N)."""
 EXLLAMA = BitOrder("exllama", (0, 2, 4, 6, 1, 3, 5, 7))
 """Even values in the low half-word, odd ones in the high: GPTQ kernels after their shuffle. AWQ packs so along N, on
 disk."""
+PAIRS = BitOrder("pairs", (0, 1))
+"""Bytes; along K the same as sequential words."""
 PLANES = BitOrder("planes of 64", (0, 1, 2, 3), 256)
 """The Triton kernels' words of 16 bits: a mask and a shift give 64 neighbours (``kernels/gpu/planes.py``)."""
+MARLIN = TileOrder("marlin", ("k3", "n3", "k0"), ("n4", "n5", "k1", "k2", "n0", "n1", "n2"))
+"""Lane (n0..n2, k1, k2) of a warp reads four words that lie together; each is its part of two 16 x 8 operands of
+mma.m16n8k16, in EXLLAMA's order."""
 
 BIT_ORDERS: dict[torch.dtype, tuple[BitOrder, ...]] = {
     torch.int32: (
@@ -185,7 +212,7 @@ BIT_ORDERS: dict[torch.dtype, tuple[BitOrder, ...]] = {
         BitOrder("eighths", tuple(range(8)), -1),
     ),
     torch.uint8: (
-        BitOrder("pairs", (0, 1)),
+        PAIRS,
         BitOrder("pairs, high nibble first", (1, 0)),
         BitOrder("halves", (0, 1), -1),
         BitOrder("halves, high nibble first", (1, 0), -1),

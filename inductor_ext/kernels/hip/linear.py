@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inductor_ext.bits import reorder_
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
 from inductor_ext.kernels import Expected, Layout, Packed, Problem
 from inductor_ext.kernels.hip import dense, dot, objects, runtime, wmma
@@ -47,12 +48,8 @@ def why_not(K: int, group_size: int) -> str | None:
 
 
 def pack(weight: PackedInt4) -> Packed:
-    N, K = weight.N, weight.K
-    words = torch.zeros(K // 8, _filled(N), dtype=torch.int32, device=weight.codes.device)
-    for rows, block in weight.blocks():
-        words[:, :N][:, rows] = EXLLAMA.pack(block.stored_codes().t(), 0)
     return Packed(
-        words,
+        reorder_(_by_group(weight.codes), SEQUENTIAL, EXLLAMA),
         _by_group(weight.scales),
         None if weight.zeros is None else _by_group(weight.zeros),
         None if weight.order is None else weight.order.argsort().int(),
@@ -60,14 +57,9 @@ def pack(weight: PackedInt4) -> Packed:
 
 
 def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
-    codes = torch.empty(N, K // 8, dtype=torch.int32, device=packed.qweight.device)
-    step = max(1, (1 << 22) // K)
-    for start in range(0, N, step):
-        words = packed.qweight[:, start : min(start + step, N)]
-        stored = EXLLAMA.unpack(words, 0, K, words.shape[1])
-        codes[start : start + step] = SEQUENTIAL.pack(stored.t(), 1)
+    codes = packed.qweight[:, :N].t().clone(memory_format=torch.contiguous_format)
     return PackedInt4(
-        codes,
+        reorder_(codes, EXLLAMA, SEQUENTIAL),
         packed.scales[:, :N].t().contiguous(),
         None if packed.zeros is None else packed.zeros[:, :N].t().contiguous(),
         None if packed.order is None else packed.order.argsort().int(),
@@ -104,5 +96,8 @@ def _filled(N: int) -> int:
 
 
 def _by_group(values: Tensor) -> Tensor:
-    """[N, groups] as [groups, Np]."""
-    return torch.nn.functional.pad(values.t(), (0, _filled(values.shape[0]) - values.shape[0])).contiguous()
+    """A new [groups, Np] of [N, groups]."""
+    N, groups = values.shape
+    filled = values.new_zeros(groups, _filled(N))
+    filled[:, :N] = values.t()
+    return filled

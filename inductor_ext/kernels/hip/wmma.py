@@ -9,7 +9,8 @@ import enum
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import EXLLAMA, PackedInt4
+from inductor_ext.bits import reorder_
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
 from inductor_ext.kernels.gpu.workspace import counters
 from inductor_ext.kernels.hip import dot, runtime
 
@@ -95,8 +96,8 @@ def by_row(weight: PackedInt4, experts: int, arch: str) -> Weight:
     N, across = weight.N // experts, weight.K // 8
     apart = across + (32 if arch == "gfx1151" and across % 256 == 0 else 0)
     words = torch.zeros(experts * N, apart, dtype=torch.int32, device=weight.codes.device)
-    for rows, block in weight.blocks():
-        words[rows, :across] = EXLLAMA.pack(block.stored_codes(), 1)
+    words[:, :across] = weight.codes
+    reorder_(words, SEQUENTIAL, EXLLAMA)
     return Weight(words.view(experts, N, apart)[..., :across], weight.scales.view(experts, N, -1), by_row=True)
 
 
