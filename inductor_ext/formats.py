@@ -77,6 +77,8 @@ class PackedInt4:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K] in ``dtype``: the exact value in float32 (float64 if asked for), rounded once."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if self.scales.dtype == dtype and (self.zeros is None or not self.zeros.is_floating_point()):
+            wide = dtype  # which holds the small integers and rounds their product with a scale once
         q = self.stored_codes().view(self.N, -1, self.group_size).to(wide)
         q.sub_(8 if self.zeros is None else self.zeros.to(wide).unsqueeze(-1)).mul_(self.scales.to(wide).unsqueeze(-1))
         return self.logical(q.view(self.N, self.K)).to(dtype)

@@ -1,0 +1,19 @@
+"""Int4 weights in the layouts of other people's kernels: a module each, with ``pack``, from the canonical form, and
+``unpack``, its inverse.
+
+    marlin       GPTQ, AWQ and compressed-tensors on NVIDIA GPUs (vLLM, SGLang, GPTQModel)
+    flashinfer   FlashInfer's experts from TensorRT-LLM, MXINT4
+    triton       vLLM's WNA16 experts in Triton
+    xpu          vLLM's experts on Intel GPUs
+    rdna3        vLLM's experts on RDNA 3, dot products
+    wmma         ROCm's vLLM: experts on RDNA 3, WMMA
+    emulation    dequantised
+
+No value changes on the way there and back. What a layout cannot hold raises ValueError with the argument, what it was
+and what is allowed. ``adjust.py`` changes weights so that a layout can: finer groups, filling up, shares for tensor
+parallelism.
+"""
+
+from inductor_ext.layouts.experts import Experts
+
+__all__ = ["Experts"]

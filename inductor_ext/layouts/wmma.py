@@ -1,0 +1,30 @@
+"""What ``moe_gemm_w4a16`` takes (``ops/rdna3_wmma.py``, and the op of that name of ROCm's vLLM).
+
+    words   int32 [E, N, K/8], shuffled; on gfx1151 some rows lie further apart than K/8
+    scales  [E, N, K/G], float16 or bfloat16
+
+``kernels/hip/wmma.py`` packs it; here are the inverse and the checks of what it can hold.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from inductor_ext.bits import reorder_
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL
+from inductor_ext.kernels.hip import linear, wmma
+from inductor_ext.layouts.experts import Experts, none, scale_dtypes, tiles
+
+
+def pack(weight: Experts, arch: str) -> wmma.Weight:
+    none(weight, "zeros", "order", "bias")
+    scale_dtypes(weight, torch.float16, torch.bfloat16)
+    tiles(weight, 64, 32)
+    if (reason := linear.why_not(weight.K, weight.group_size)) is not None:
+        raise ValueError(reason)
+    return wmma.by_row(weight.joined(), weight.E, arch)
+
+
+def unpack(packed: wmma.Weight) -> Experts:
+    codes = packed.words.clone(memory_format=torch.contiguous_format)
+    return Experts(reorder_(codes, EXLLAMA, SEQUENTIAL), packed.scales)
