@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
+from inductor_ext.bits import reorder_
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.hip import dot, linear, moe, objects, profile, routing, runtime, wmma
 
@@ -52,34 +53,35 @@ def reject(problem: MoeProblem) -> str | None:
 
 
 def pack(weight: PackedInt4, experts: int) -> Packed:
-    N, K = weight.N // experts, weight.K
-    groups = (experts, weight.scales.shape[1], N)
-    packed = Packed(
-        weight.codes.new_empty(experts, K // 8, N),
-        weight.scales.new_empty(groups),
-        None if weight.zeros is None else weight.zeros.new_empty(groups),
+    N = weight.N // experts
+    words = weight.codes.new_empty(experts, weight.K // 8, N)
+    for to, codes in zip(words, weight.codes.view(experts, N, -1), strict=True):
+        reorder_(to.copy_(codes.t()), SEQUENTIAL, EXLLAMA)  # one expert's words are still in a CPU's cache
+
+    def by_group(t: Tensor) -> Tensor:
+        return t.view(experts, N, -1).transpose(1, 2).contiguous()
+
+    return Packed(
+        words,
+        by_group(weight.scales),
+        None if weight.zeros is None else by_group(weight.zeros),
         None,
     )
-    for e in range(experts):
-        rows = slice(e * N, (e + 1) * N)
-        zeros = None if weight.zeros is None else weight.zeros[rows]
-        one = linear.pack(PackedInt4(weight.codes[rows], weight.scales[rows], zeros))
-        packed.qweight[e], packed.scales[e] = one.qweight, one.scales
-        if packed.zeros is not None and one.zeros is not None:
-            packed.zeros[e] = one.zeros
-    return packed
 
 
 def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
-    each = [
-        linear.unpack(
-            Packed(packed.qweight[e], packed.scales[e], None if packed.zeros is None else packed.zeros[e], None),
-            N, K, group_size,
-        )
-        for e in range(packed.qweight.shape[0])
-    ]  # fmt: skip
-    zeros = None if packed.zeros is None else torch.cat([w.zeros for w in each if w.zeros is not None])
-    return PackedInt4(torch.cat([w.codes for w in each]), torch.cat([w.scales for w in each]), zeros)
+    codes = packed.qweight.new_empty(packed.qweight.shape[0], N, K // 8)
+    for to, words in zip(codes, packed.qweight, strict=True):
+        reorder_(to.copy_(words.t()), EXLLAMA, SEQUENTIAL)
+
+    def by_row(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).flatten(0, 1)
+
+    return PackedInt4(
+        codes.flatten(0, 1),
+        by_row(packed.scales),
+        None if packed.zeros is None else by_row(packed.zeros),
+    )
 
 
 def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
