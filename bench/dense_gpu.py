@@ -4,10 +4,11 @@
                               [--ways ours cublas ...] [--rounds 9] [--json FILE] [--plot FILE]
     python bench/dense_gpu.py --read FILE --plot FILE
 
-The ways: "ours" is w4a16::linear with the kernel that is chosen on this device, or --kernel; "cublas" is F.linear on a weight that was dequantised before
-(hipBLASLt on AMD); "inductor" is torch.compile(backend="inductor") of a function that dequantises and multiplies;
-"int4pack" is aten's _weight_int4pack_mm (CUDA, bfloat16); "gemlite" is that package, if it is installed. Before a way
-is timed its result is compared with float32's; one that is off by more than 1 % is left out, with a note.
+The ways: "ours" is w4a16::linear with the kernel that is chosen on this device, or with --kernel; "cublas" is F.linear
+on a weight that was dequantised before (hipBLASLt on AMD); "inductor" is torch.compile(backend="inductor") of a
+function that dequantises and multiplies; "int4pack" is aten's _weight_int4pack_mm (CUDA, bfloat16); "gemlite" is that
+package, if it is installed. Before a way is timed its result is compared with float32's; one that is off by more than
+1 % is left out, with a note.
 
 A time is that of a CUDA graph of calls, so that launching from Python does not count, divided by the calls. They walk
 over copies of the weight that together do not fit into the cache, as the layers of a model do; x and the result do stay

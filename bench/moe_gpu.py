@@ -4,11 +4,12 @@
                             [--rounds 9] [--json FILE] [--plot FILE]
     python bench/moe_gpu.py --read FILE --plot FILE
 
-bfloat16, symmetric int4. The ways: "ours" is w4a16::moe with the kernel that is chosen here, or --kernel, its sorting and adding up included;
-"grouped_mm" is torch._grouped_mm on weights that were dequantised before and tokens that were sorted before, with the
-activation between, as the field measures it: neither sorting nor weighting nor adding up; "routed" is the same with all
-of that, in torch ops; "inductor" is torch.compile(backend="inductor") of a module that gathers the packed weights of
-each choice, dequantises and multiplies, for one token only. A way that is off by more than 1 % ends the run.
+bfloat16, symmetric int4. The ways: "ours" is w4a16::moe with the kernel that is chosen here, or with --kernel, its
+sorting and adding up included; "grouped_mm" is torch._grouped_mm on weights that were dequantised before and tokens
+that were sorted before, with the activation between, as the field measures it: neither sorting nor weighting nor adding
+up; "routed" is the same with all of that, in torch ops; "inductor" is torch.compile(backend="inductor") of a module
+that gathers the packed weights of each choice, dequantises and multiplies, for one token only. A way that is off by
+more than 1 % ends the run.
 
 A time is that of a CUDA graph of calls, divided by the calls. Each has another routing, drawn at random, and every
 second one another copy of our weights, so that little of what a call reads is in the cache; one token's choices are of
