@@ -4,10 +4,11 @@
                               [--ways ours cublas ...] [--rounds 9] [--json FILE] [--plot FILE]
     python bench/dense_gpu.py --read FILE --plot FILE
 
-The ways: "ours" is w4a16::linear with the kernel "triton"; "cublas" is F.linear on a weight that was dequantised before
-(hipBLASLt on AMD); "inductor" is torch.compile(backend="inductor") of a function that dequantises and multiplies;
-"int4pack" is aten's _weight_int4pack_mm (CUDA, bfloat16); "gemlite" is that package, if it is installed. Before a way
-is timed its result is compared with float32's; one that is off by more than 1 % is left out, with a note.
+The ways: "ours" is w4a16::linear with the kernel that is chosen on this device, or with --kernel; "cublas" is F.linear
+on a weight that was dequantised before (hipBLASLt on AMD); "inductor" is torch.compile(backend="inductor") of a
+function that dequantises and multiplies; "int4pack" is aten's _weight_int4pack_mm (CUDA, bfloat16); "gemlite" is that
+package, if it is installed. Before a way is timed its result is compared with float32's; one that is off by more than
+1 % is left out, with a note.
 
 A time is that of a CUDA graph of calls, so that launching from Python does not count, divided by the calls. They walk
 over copies of the weight that together do not fit into the cache, as the layers of a model do; x and the result do stay
@@ -28,11 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_time import DEVICE, about, copy_rate, medians, recorded
+from gpu_time import DEVICE, about, copy_rate, kernel_here, medians, recorded
 from torch import Tensor
 
+from inductor_ext import kernels
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels.gpu import linear
 
 # More than the L2 of any GPU, with what a graph's other tensors take.
 WORKING_SET = 150_000_000
@@ -70,7 +71,8 @@ def zeros_of(weight: PackedInt4) -> Tensor:
 # -- ways: a weight -> a function of x ---------------------------------------------------------------------------------
 
 
-def ours(weight: PackedInt4) -> Call:
+def ours(weight: PackedInt4, kernel: str | None = None) -> Call:
+    linear = kernels.load(kernel or kernel_here("dense"))
     packed, N, G = linear.pack(weight), weight.N, weight.group_size
     return lambda x: linear.run(x, packed, None, N, G)
 
@@ -122,9 +124,9 @@ WAYS: dict[str, Callable[[PackedInt4], Call]] = {
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def ready(name: str, weights: list[PackedInt4], x: Tensor, wanted: Tensor) -> list[Call]:
+def ready(name: str, kernel: str | None, weights: list[PackedInt4], x: Tensor, wanted: Tensor) -> list[Call]:
     """The calls of a way, one a copy of the weight. Raises Unavailable."""
-    make = WAYS[name]
+    make = WAYS[name] if name != "ours" else functools.partial(ours, kernel=kernel)
     try:
         first = make(weights[0])
         off = float((first(x).float() - wanted).norm() / wanted.norm())
@@ -152,7 +154,7 @@ def measure(options: argparse.Namespace, N: int, K: int, rate: float) -> Iterato
         # Four times the bytes, so a quarter of the copies.
         some = weights[: max(2, -(-copies // 4))] if name == "cublas" else weights
         try:
-            calls[name] = ready(name, some, x, x.float() @ dense.t())
+            calls[name] = ready(name, options.kernel, some, x, x.float() @ dense.t())
         except Unavailable as why:
             print(f"# {N}x{K}: left out: {why}")
     for M in options.rows:
@@ -214,6 +216,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=shapes, help="NxK")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 256, 512, 1024, 4096], help="M")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--kernel", help="of ours, instead of the one that is chosen")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -228,10 +231,14 @@ def main() -> None:
 
 @torch.no_grad()
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    if (reason := linear.usable()) is not None:
-        raise SystemExit(reason)
+    if not torch.cuda.is_available():
+        raise SystemExit("There is no GPU that torch can use.")
     rate = copy_rate()
-    document = about() | {"dtype": options.dtype, "zeros": options.zeros, "group_size": options.group}
+    document = (
+        about()
+        | {"kernel": options.kernel or kernel_here("dense")}
+        | {"dtype": options.dtype, "zeros": options.zeros, "group_size": options.group}
+    )
     print("# " + ", ".join(f"{key} {value}" for key, value in document.items()))
     print(f"# copied {rate / 1e12:.2f} TB/s; microseconds")
     print(f"{'N':>6} {'K':>6} {'M':>5} " + "".join(f"{name:>10}" for name in ("floor", *options.ways)))

@@ -9,11 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from inductor_ext import devices, oracle, preview
+
 DEVICE = "cuda"
 CALLS = 10
 """In a graph of short calls, at least."""
 
 Call = Callable[[], Any]
+
+
+def kernel_here(problem: str) -> str:
+    """The kernel that is chosen on this device for one of preview.problems."""
+    here = devices.of(torch.device(DEVICE, torch.cuda.current_device()))
+    return oracle.choose(preview.problems(here)[problem]).kernel
 
 
 class Recorded(NamedTuple):

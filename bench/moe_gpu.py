@@ -4,11 +4,12 @@
                             [--rounds 9] [--json FILE] [--plot FILE]
     python bench/moe_gpu.py --read FILE --plot FILE
 
-bfloat16, symmetric int4. The ways: "ours" is w4a16::moe with the kernel "triton", its sorting and adding up included;
-"grouped_mm" is torch._grouped_mm on weights that were dequantised before and tokens that were sorted before, with the
-activation between, as the field measures it: neither sorting nor weighting nor adding up; "routed" is the same with all
-of that, in torch ops; "inductor" is torch.compile(backend="inductor") of a module that gathers the packed weights of
-each choice, dequantises and multiplies, for one token only. A way that is off by more than 1 % ends the run.
+bfloat16, symmetric int4. The ways: "ours" is w4a16::moe with the kernel that is chosen here, or with --kernel, its
+sorting and adding up included; "grouped_mm" is torch._grouped_mm on weights that were dequantised before and tokens
+that were sorted before, with the activation between, as the field measures it: neither sorting nor weighting nor adding
+up; "routed" is the same with all of that, in torch ops; "inductor" is torch.compile(backend="inductor") of a module
+that gathers the packed weights of each choice, dequantises and multiplies, for one token only. A way that is off by
+more than 1 % ends the run.
 
 A time is that of a CUDA graph of calls, divided by the calls. Each has another routing, drawn at random, and every
 second one another copy of our weights, so that little of what a call reads is in the cache; one token's choices are of
@@ -29,13 +30,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_time import DEVICE, about, copy_rate, medians, recorded
+from gpu_time import DEVICE, about, copy_rate, kernel_here, medians, recorded
 from moe_cpu import Gather
 from torch import Tensor
 
+from inductor_ext import kernels
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Mlp, Routing
-from inductor_ext.kernels.gpu import experts
 
 
 class Shape(NamedTuple):
@@ -90,7 +91,8 @@ def draws(shape: Shape, T: int) -> list[Given]:
 Way = Callable[[int, Given], Callable[[], Tensor]]
 
 
-def ours(shape: Shape, G: int, first: tuple[PackedInt4, PackedInt4]) -> Way:
+def ours(shape: Shape, G: int, first: tuple[PackedInt4, PackedInt4], kernel: str | None) -> Way:
+    experts = kernels.load_moe(kernel or kernel_here("experts"))
     second = weight(shape.E, 2 * shape.I, shape.H, G, 2), weight(shape.E, shape.H, shape.I, G, 3)
     copies = [[experts.pack(w, shape.E) for w in pair] for pair in (first, second)]
 
@@ -169,7 +171,7 @@ def measure(options: argparse.Namespace, name: str, rate: float) -> Iterator[dic
     first = weight(E, 2 * I, H, G, 0), weight(E, H, I, G, 1)
     dense = Dense(*(w.dequantize(torch.bfloat16).unflatten(0, (E, -1)) for w in first))
     make: dict[str, Callable[[], Way]] = {
-        "ours": functools.partial(ours, shape, G, first),
+        "ours": functools.partial(ours, shape, G, first, options.kernel),
         "grouped_mm": functools.partial(grouped_mm, shape, dense),
         "routed": functools.partial(routed, shape, dense),
         "inductor": functools.partial(inductor, shape, G, first),
@@ -227,6 +229,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, help="T, instead of each shape's own")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--kernel", help="of ours, instead of the one that is chosen")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -241,10 +244,11 @@ def main() -> None:
 
 @torch.no_grad()
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    if (reason := experts.usable()) is not None:
-        raise SystemExit(reason)
+    if not torch.cuda.is_available():
+        raise SystemExit("There is no GPU that torch can use.")
     rate = copy_rate()
-    document: dict[str, Any] = about() | {"group_size": options.group}
+    kernel = options.kernel or kernel_here("experts")
+    document: dict[str, Any] = about() | {"kernel": kernel, "group_size": options.group}
     print("# " + ", ".join(f"{key} {value}" for key, value in document.items()))
     print(f"# copied {rate / 1e12:.2f} TB/s; microseconds")
     print(f"{'shape':>8} {'T':>5} {'experts':>8} " + "".join(f"{name:>11}" for name in ("floor", *options.ways)))

@@ -231,6 +231,19 @@ def test_scales_of_another_dtype_are_refused(lanes: hip_lanes.Lanes) -> None:
         problem(x.half(), weights, ids)
 
 
+@torch.no_grad()
+def test_one_compiled_graph_for_any_number_of_tokens(lanes: hip_lanes.Lanes) -> None:
+    problem = hip()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, weights, ids: problem(2 * x, weights, ids) + x, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for T in (5, 2, 40):
+            x, weights, ids = problem.routed(T)
+            assert torch.equal(compiled(x, weights, ids), problem(2 * x, weights, ids) + x)
+    names = {launch.name for launch in lanes.launches()}
+    assert any(name.startswith("moe_gptq") for name in names) and any(name.startswith("wmma") for name in names)
+
+
 # -- profile -----------------------------------------------------------------------------------------------------------
 
 

@@ -57,3 +57,23 @@ def test_activations_of_another_dtype_are_refused() -> None:
     weight = dense.weight(64, 128, 32, device="cpu")
     with pytest.raises(RuntimeError, match=r"takes x in the scales' dtype, torch.float16, not torch.bfloat16"):
         inductor_ext.ops.linear(torch.zeros(1, 128).bfloat16(), *linear.pack(weight), None, 64, 32, "hip")
+
+
+@torch.no_grad()
+def test_one_compiled_graph_for_any_number_of_rows() -> None:
+    """What surrounds the op is Inductor's code; the op itself turns from dot2 to WMMA within the graph."""
+    weight = dense.weight(64, 128, 32, "int", device="cpu")
+    packed = linear.pack(weight)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = inductor_ext.ops.linear(2 * x, *packed, None, 64, 32, "hip")
+        return y + x[:, :64]
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with hip_lanes.on("gfx1100") as lanes, torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 2, 40):
+            x = torch.randn(rows, 128).half()
+            assert torch.equal(compiled(x), layer(x))
+        names = {call.name for call in lanes.launches()}
+    assert any(name.startswith("gptq") for name in names) and any(name.startswith("wmma") for name in names)
