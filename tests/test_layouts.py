@@ -199,13 +199,15 @@ def test_rdna3_words_and_zero_words() -> None:
     assert (symmetric.qzeros == 0x77777777).all()
 
 
-@pytest.mark.parametrize(("arch", "apart"), [("gfx1100", 256), ("gfx1151", 288)])
-def test_wmma_rows(arch: str, apart: int) -> None:
-    w = weight("symmetric", 2, 64, 2048, 128, 5)
+@pytest.mark.parametrize(
+    ("arch", "K", "apart"), [("gfx1100", 2048, 256), ("gfx1151", 2048, 288), ("gfx1151", 1024, 128)]
+)
+def test_wmma_rows(arch: str, K: int, apart: int) -> None:
+    w = weight("symmetric", 2, 64, K, 128, 5)
     words = wmma.pack(w, arch).words
     assert words.stride() == (64 * apart, apart, 1)
     codes = torch.stack([w.expert(e).stored_codes() for e in range(2)]).int()
-    for k in range(0, 2048, 29):
+    for k in range(0, K, 29):
         shift = (0, 16, 4, 20, 8, 24, 12, 28)[k % 8]
         assert torch.equal((words[:, :, k // 8] >> shift) & 15, codes[:, :, k])
 
@@ -316,6 +318,16 @@ def test_many_words_are_taken_in_pieces() -> None:
     back = torch.empty_like(words)
     bits.from_tiles(tiles, MARLIN, back)
     assert torch.equal(back, words)
+
+
+def test_all_words_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    w = weight("symmetric", 2, 320, 4096, 128, 0)
+    in_pieces = [WAYS[way].pack(w)[0] for way in ("marlin", "rdna3")]
+    monkeypatch.setattr(bits, "_most", lambda words: words.numel())
+    at_once = [WAYS[way].pack(w)[0] for way in ("marlin", "rdna3")]
+    assert all(torch.equal(a, b) for a, b in zip(in_pieces, at_once, strict=True))
+    same(marlin.unpack(marlin.pack(w)), w)
 
 
 def test_orders_without_a_way_are_refused() -> None:

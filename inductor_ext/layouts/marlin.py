@@ -9,10 +9,13 @@
     bias          [E, N], changed about like scales of one group
 
 Checkpoints of GPTQ and AWQ come to the same tiles; they differ in whether there are zeros. The kernel takes scales in
-the activations' dtype, and tells one group from many by their number. Besides whole tiles it asks for N in multiples of
-128 and K of 64, or the reverse for dense layers; ``filled`` brings the experts' intermediate size there.
-Read in the sources of gptq_marlin_repack, awq_marlin_repack, marlin_utils and vLLM's choice of WNA16 kernels, and
-checked against the fragments of mma.m16n8k16. Not run on the kernel.
+the activations' dtype, and tells one group from many by their number. (vLLM's preparation of w13 compares the group
+size with the intermediate size instead, and so permutes otherwise where that is no larger.) Besides whole tiles the
+kernel asks for N in multiples of 128 and K of 64, or the reverse for dense layers; ``filled`` brings the experts'
+intermediate size there.
+
+Read in the sources of gptq_marlin_repack, awq_marlin_repack, marlin_utils, the kernel and vLLM's choice of WNA16
+kernels, and checked against the fragments of mma.m16n8k16. Not run on the kernel.
 """
 
 from __future__ import annotations
