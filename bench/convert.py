@@ -5,10 +5,10 @@
 
 The experts of one layer, by default of Qwen3-30B-A3B's shapes: w13 [E, 2 I, H] and w2 [E, H, I], symmetric, and also
 asymmetric where the layout has zeros. GB/s counts the bytes of the packed codes; the time is the median of the rounds,
-each into new memory, as when a model is loaded. "result" is what a conversion gives, "peak" the most memory that it
-takes besides what it is given, the result among it; both by the bytes of the packed codes. It is read from the system,
-so that weights of less than 64 MB tell nothing. FlashInfer's layout takes groups of 32; its weights are split into such
-groups before.
+each into new memory, as when a model is loaded; a plain copy is measured beside them. "result" is what a conversion
+gives, "peak" the most memory that it takes besides what it is given, the result among it; both by the bytes of the
+packed codes. It is read from the system, so that weights of less than 64 MB tell nothing. FlashInfer's layout takes
+groups of 32; its weights are split into such groups before.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ def experts(E: int, N: int, K: int, G: int, zeros: bool) -> Experts:
     return Experts(codes, scales, torch.randint(1, 16, scales.shape, dtype=torch.uint8) if zeros else None)
 
 
+def copy(weight: Experts) -> Experts:
+    return Experts(weight.codes.clone(), weight.scales.clone())
+
+
 def ways(weight: Experts, gated: bool) -> Iterator[Way]:
     kind = "symmetric" if weight.zeros is None else "asymmetric"
+    if weight.zeros is None:
+        yield Way("(a copy)", weight, copy, copy)
     yield Way(f"marlin, {kind}", weight, marlin.pack, marlin.unpack)
     yield Way(f"triton, {kind}", weight, triton.pack, triton.unpack)
     yield Way(f"rdna3, {kind}", weight, rdna3.pack, rdna3.unpack)
