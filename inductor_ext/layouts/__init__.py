@@ -1,7 +1,7 @@
 """Int4 weights in the layouts of other people's kernels: a module each, with ``pack``, from the canonical form, and
 ``unpack``, its inverse.
 
-    marlin       GPTQ, AWQ and compressed-tensors on NVIDIA GPUs (vLLM, SGLang, GPTQModel)
+    marlin       GPTQ, AWQ and compressed-tensors on NVIDIA GPUs (vLLM)
     flashinfer   FlashInfer's experts from TensorRT-LLM, MXINT4
     triton       vLLM's WNA16 experts in Triton
     xpu          vLLM's experts on Intel GPUs

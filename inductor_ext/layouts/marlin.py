@@ -1,4 +1,4 @@
-"""Marlin's layout, as vLLM, SGLang and GPTQModel prepare it: for their dense kernel (one expert) and that for experts.
+"""Marlin's layout, as vLLM prepares it for its dense kernel (one expert) and that for experts.
 
     qweight       int32 [E, K/16, 2 N]: tiles of 16 (k) x 64 (n), in the order MARLIN of the table
     scales        [E, K/G, N], columns changed about in each 64; with one group for all of K, in each 32
