@@ -39,6 +39,7 @@ def test_it_is_chosen_before_all_others(arch: str, changed: dict[str, Any]) -> N
             "The scales must have the activations' dtype, torch.float16, not torch.bfloat16.",
         ),
         ({"zeros": "float"}, "The zeros must be integers, not floats."),
+        ({"N": 2**26}, "N must be less than 67108864, it is 67108864."),
         ({"group_size": 48, "K": 480}, "The group size must be a multiple of 32 that divides K=480; it is 48."),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -57,6 +58,14 @@ def test_activations_of_another_dtype_are_refused() -> None:
     weight = dense.weight(64, 128, 32, device="cpu")
     with pytest.raises(RuntimeError, match=r"takes x in the scales' dtype, torch.float16, not torch.bfloat16"):
         inductor_ext.ops.linear(torch.zeros(1, 128).bfloat16(), *linear.pack(weight), None, 64, 32, "hip")
+
+
+def test_activations_beyond_the_reach_of_an_offset_are_refused() -> None:
+    """WMMA's offsets into x are 32 bits wide."""
+    packed = linear.pack(dense.weight(64, 128, 32, device="cpu"))
+    x = torch.zeros(1, 1).half().expand(2**24, 128)
+    with hip_lanes.on("gfx1100"), pytest.raises(RuntimeError, match=r"\[16777216, 128\] must have less than 4 GiB"):
+        linear.run(x, packed, None, 64, 32)
 
 
 @torch.no_grad()

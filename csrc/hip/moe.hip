@@ -84,7 +84,7 @@ DEVICE f32x4 multiplied(const MoeArgs& args, i32 block, i32 n, i32 expert) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
         const i32 slot = scalar_load<i32>(args.sorted, (block * M + m) * 4);
-        x.offsets[m] = (is_slot(args, slot) ? slot : 0) / args.per_row * (args.K * 2);  // padding: any row
+        x.offsets[m] = static_cast<u32>((is_slot(args, slot) ? slot : 0) / args.per_row) * (args.K * 2);  // padding: any row
     }
     const i64 words = i64(args.K / 8) * args.N, groups = i64(args.K / args.G) * args.N;
     const i32 bits_of_a_zero = args.kind == EIGHT ? 0 : args.kind == BYTES ? 8 : 4;

@@ -29,7 +29,7 @@ def pack(weight: Experts) -> Rdna3:
     none(weight, "order", "bias")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
     need(weight.N % 8 == 0, "N", "a multiple of 8 (adjust.filled makes it one)", weight.N)
-    if (reason := linear.why_not(weight.K, weight.group_size)) is not None:
+    if (reason := linear.why_not(weight.N, weight.K, weight.group_size)) is not None:
         raise ValueError(reason)
     packed = experts.pack(weight.joined(), weight.E)
     zeros = torch.full_like(packed.scales, 8, dtype=torch.uint8) if packed.zeros is None else packed.zeros

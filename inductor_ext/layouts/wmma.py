@@ -20,7 +20,7 @@ def pack(weight: Experts, arch: str) -> wmma.Weight:
     none(weight, "zeros", "order", "bias")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
     tiles(weight, 64, 32)
-    if (reason := linear.why_not(weight.K, weight.group_size)) is not None:
+    if (reason := linear.why_not(weight.N, weight.K, weight.group_size)) is not None:
         raise ValueError(reason)
     return wmma.by_row(weight.joined(), weight.E, arch)
 

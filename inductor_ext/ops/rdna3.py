@@ -106,7 +106,8 @@ def _check_moe(
     num_tokens_post_padded: Tensor,
     top_k: int,
     block_size_m: int,
-    output_topk: int,
+    mul_topk_weight: bool,
+    output_topk: int = 0,
 ) -> None:
     door = Door("moe_gptq_gemm_rdna3", a.device)
     N = door.weight(a, words, scales, zeros, (words.shape[0],))
@@ -152,25 +153,8 @@ def _(a: Tensor, b_q_weight: Tensor, b_qzeros: Tensor, b_scales: Tensor, use_v2_
 
 
 @torch.library.register_fake("w4a16::moe_gptq_gemm_rdna3", lib=LIB)
-def _(
-    a: Tensor,
-    c: Tensor,
-    b_q_weight: Tensor,
-    b_scales: Tensor,
-    b_qzeros: Tensor,
-    topk_weights: Tensor,
-    sorted_token_ids: Tensor,
-    expert_ids: Tensor,
-    num_tokens_post_padded: Tensor,
-    top_k: int,
-    block_size_m: int,
-    mul_topk_weight: bool,
-    output_topk: int = 0,
-) -> None:
-    _check_moe(
-        a, c, b_q_weight, b_scales, b_qzeros, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
-        top_k, block_size_m, output_topk,
-    )  # fmt: skip
+def _(*args: Any) -> None:
+    _check_moe(*args)
 
 
 # -- implementation ----------------------------------------------------------------------------------------------------
@@ -206,7 +190,7 @@ def _moe_gemm(
 
     _check_moe(
         a, c, b_q_weight, b_scales, b_qzeros, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
-        top_k, block_size_m, output_topk,
+        top_k, block_size_m, mul_topk_weight, output_topk,
     )  # fmt: skip
     Door("moe_gptq_gemm_rdna3", a.device).on_line(b_q_weight=b_q_weight, b_qzeros=b_qzeros, b_scales=b_scales, c=c)
     moe.gemm(
@@ -222,14 +206,16 @@ LIB.impl("moe_gptq_gemm_rdna3", _moe_gemm, "CompositeExplicitAutograd")
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "w4a16::gptq_gemm_rdna3 has no gradient, as in the field; torch.ops.w4a16.linear has one."
-    )
+def no_gradient(op: str) -> None:
+    """Without this PyTorch would warn and go on with no gradient."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(f"w4a16::{op} has no gradient, as in the field; torch.ops.w4a16.linear has one.")
+
+    torch.library.register_autograd(f"w4a16::{op}", backward, lib=LIB)
 
 
-# Without this PyTorch would warn and go on with no gradient.
-torch.library.register_autograd("w4a16::gptq_gemm_rdna3", _backward, lib=LIB)
+no_gradient("gptq_gemm_rdna3")
 
 gptq_gemm_rdna3 = torch.ops.w4a16.gptq_gemm_rdna3.default
 moe_gptq_gemm_rdna3 = torch.ops.w4a16.moe_gptq_gemm_rdna3.default

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.ops.linear import LIB
-from inductor_ext.ops.rdna3 import Door
+from inductor_ext.ops.rdna3 import Door, no_gradient
 
 # -- schema ------------------------------------------------------------------------------------------------------------
 # As gptq_gemm_rdna3 (rdna3.py), in speed for 16 rows of a or more.
@@ -164,14 +164,7 @@ LIB.impl("moe_gemm_w4a16", _moe_gemm, "CompositeExplicitAutograd")
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "w4a16::gptq_gemm_rdna3_wmma has no gradient, as in the field; torch.ops.w4a16.linear has one."
-    )
-
-
-# Without this PyTorch would warn and go on with no gradient.
-torch.library.register_autograd("w4a16::gptq_gemm_rdna3_wmma", _backward, lib=LIB)
+no_gradient("gptq_gemm_rdna3_wmma")
 
 gptq_gemm_rdna3_wmma = torch.ops.w4a16.gptq_gemm_rdna3_wmma.default
 moe_gemm_w4a16 = torch.ops.w4a16.moe_gemm_w4a16.default

@@ -10,6 +10,8 @@ from torch import Tensor
 
 TILE, STEP, WAVES, THREADS = 128, 32, 8, 256
 """Of a block: columns, values of k at once, waves, threads."""
+MOST_BYTES, MOST_COLUMNS = 2**32, 2**26
+"""Offsets into rows of x, and into 8 rows of codes, are 32 bits wide: x and a weight's N must be smaller."""
 NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 """Of the dtypes, in the kernels' names."""
 

@@ -38,12 +38,13 @@ def reject(problem: MoeProblem) -> str | None:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
     if problem.E > routing.MOST_EXPERTS:
         return f"There may be {routing.MOST_EXPERTS} experts at most, not {problem.E}."
-    for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
+    rows = problem.I * (1 if problem.mlp.gate_up == "none" else 2)
+    for weight, N, K in ((problem.w13, rows, problem.H), (problem.w2, problem.H, problem.I)):
         if weight.scale_dtype != problem.dtype:
             return f"The scales must have the activations' dtype, {problem.dtype}, not {weight.scale_dtype}."
         if weight.zeros == "float":
             return "The zeros must be integers, not floats."
-        if (reason := linear.why_not(K, weight.group_size)) is not None:
+        if (reason := linear.why_not(N, K, weight.group_size)) is not None:
             return reason
     if problem.mlp.activation not in ACTIVATIONS:
         return f"The activation must be one of {', '.join(ACTIVATIONS)}, not {problem.mlp.activation}."
@@ -107,7 +108,7 @@ def run(
             f" {w2.scales.dtype}."
         )
     slots = routing.topk_ids.numel()
-    if 2 * max(x.numel(), slots * intermediate_size) >= 2**32:
+    if 2 * max(x.numel(), slots * intermediate_size) >= dot.MOST_BYTES:
         raise RuntimeError(
             f"x {list(x.shape)} and what its {slots} choices become between the projections must each have less than"
             " 4 GiB; split the tokens."

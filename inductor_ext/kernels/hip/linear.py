@@ -38,10 +38,12 @@ def reject(problem: Problem) -> str | None:
         return f"The scales must have the activations' dtype, {problem.dtype}, not {problem.scale_dtype}."
     if problem.zeros == "float":
         return "The zeros must be integers, not floats."
-    return why_not(problem.K, problem.group_size)
+    return why_not(problem.N, problem.K, problem.group_size)
 
 
-def why_not(K: int, group_size: int) -> str | None:
+def why_not(N: int, K: int, group_size: int) -> str | None:
+    if N >= dot.MOST_COLUMNS:
+        return f"N must be less than {dot.MOST_COLUMNS}, it is {N}."
     if group_size % dot.STEP != 0 or K % group_size != 0:
         return f"The group size must be a multiple of {dot.STEP} that divides K={K}; it is {group_size}."
     return None
@@ -67,7 +69,7 @@ def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
 
 
 def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
-    if (reason := why_not(K, group_size)) is not None:
+    if (reason := why_not(N, K, group_size)) is not None:
         raise ValueError(reason)
     groups = (K // group_size, _filled(N))
     return Layout(
@@ -86,6 +88,8 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int)
     out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     kind = dot.Zeros.EIGHT if packed.zeros is None else dot.Zeros.BYTES
     many = x.shape[0] > 8 and runtime.arch(x.device).startswith("gfx11")
+    if many and x.nbytes >= dot.MOST_BYTES:
+        raise RuntimeError(f"x {list(x.shape)} must have less than 4 GiB; split its rows.")
     gemm = wmma.gemm if many else dense.gemm
     gemm(x, packed.qweight, packed.scales, packed.zeros, kind, bias, out)
     return out
