@@ -91,6 +91,7 @@ WORDS = torch.zeros(4, 64, 16, dtype=torch.int32)
         ({"n_valid_tokens": -1}, "n_valid_tokens must be within 0..6"),
         ({"top_k": 0}, "top_k must be at least 1, it is 0"),
         ({"block_m": 16}, "block_m must be 32, it is 16"),
+        ({"block_m": 64}, "block_m must be 32, it is 64"),
         ({"num_blocks": -1}, "num_blocks must not be negative, it is -1"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
