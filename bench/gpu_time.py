@@ -27,6 +27,8 @@ def kernel_here(problem: str) -> str:
 class Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     calls: int
+    kept: Sequence[Call]
+    """A graph holds addresses; what the calls read must live as long."""
 
 
 def recorded(calls: Sequence[Call], long: bool = False) -> Recorded:
@@ -46,7 +48,7 @@ def recorded(calls: Sequence[Call], long: bool = False) -> Recorded:
                 call()
     graph.replay()
     torch.cuda.synchronize()
-    return Recorded(graph, times * len(calls))
+    return Recorded(graph, times * len(calls), calls)
 
 
 def seconds(recorded: Recorded) -> float:
