@@ -20,6 +20,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 KB = 1024
 
@@ -57,6 +59,8 @@ class Facts:
     """Bytes of shared memory (LDS)."""
     loads: tuple[tuple[str, int], ...]
     """Of every vector load from global memory: the line of source that it came from, and its bytes a thread."""
+    assembly: str
+    """AMD: the machine code; NVIDIA: PTX."""
 
     def load_bytes(self, source: str) -> set[int]:
         """The widths of the loads from lines that contain ``source``, in bytes a thread."""
@@ -80,9 +84,12 @@ def compile(
     """
     types = signature | dict.fromkeys(constexprs, "constexpr")
     place = {name: (index,) for index, name in enumerate(fn.arg_names)}
-    even = {p.name for p in fn.params if p.name in signature and not p.do_not_specialize}.difference(uneven)
+    plain = {name for name, spelt in signature.items() if not spelt.startswith("tensordesc")}
+    even = {p.name for p in fn.params if p.name in plain and not p.do_not_specialize}.difference(uneven)
     attributes = {place[name]: [["tt.divisibility", 16]] for name in even}
-    source = ASTSource(fn, types, {place[name]: value for name, value in constexprs.items()}, attributes)
+    source = (GluonASTSource if fn.is_gluon() else ASTSource)(
+        fn, types, {place[name]: value for name, value in constexprs.items()}, attributes
+    )
     gpu = TARGETS[target].gpu
     options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
     with triton.knobs.compilation.scope():
@@ -95,7 +102,7 @@ def compile(
     else:
         text = built.asm["ptx"]
         spills = _stack(built.asm["cubin"])
-    return Facts(frozenset(_MATRIX.findall(text)), spills, built.metadata.shared, tuple(_loads(text)))
+    return Facts(frozenset(_MATRIX.findall(text)), spills, built.metadata.shared, tuple(_loads(text)), text)
 
 
 _DOTS = {
@@ -154,6 +161,9 @@ _TYPES = {
 
 def _type(value: Any) -> str:
     """As Triton spells it."""
+    if isinstance(value, TensorDescriptor):
+        height, width = value.block_shape
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{height},{width}],{value.layout!r}>"
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"

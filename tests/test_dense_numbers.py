@@ -94,7 +94,7 @@ def test_dequantised_once(G: int, zeros: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("M", [1, 12, 40, 100, 460])
 def test_the_op_at_any_number_of_rows(M: int, order: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(linear, "_processors", lambda device: 4)
+        monkeypatch.setattr(linear, "processors", lambda device: 4)
     w, x = weight(70, 512, 64, "int", dtype, order), activations(M, 512, dtype)
     y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 70, 64, "triton")
     assert (y.shape, y.dtype) == ((M, 70), dtype)
@@ -104,7 +104,7 @@ def test_the_op_at_any_number_of_rows(M: int, order: bool, dtype: torch.dtype, m
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3)], ids=str)
 def test_batches_and_no_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(linear, "_processors", lambda device: 4)
+        monkeypatch.setattr(linear, "processors", lambda device: 4)
     w = weight(70, 256, 64)
     x = activations(6, 256, torch.float16)[: torch.Size(shape).numel()].view(*shape, 256)
     y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 70, 64, "triton")

@@ -53,7 +53,7 @@ def poison() -> None:
 def splits(M: int) -> int:
     N, K, _ = SPLIT
     device = torch.device("cuda", torch.cuda.current_device())
-    return tuning.dense(M, N, K, linear.arch_of(device), linear._processors(device)).SPLITS
+    return tuning.dense(M, N, K, linear.arch_of(device), linear.processors(device)).SPLITS
 
 
 def call(M: int, seed: int = 0) -> Callable[[], Tensor]:
@@ -117,7 +117,7 @@ def test_more_rows_than_32_bits_can_address() -> None:
     x = torch.zeros(rows, K, dtype=torch.float16, device="cuda")
     x[-40:] = last
     out = torch.empty(rows, N, dtype=torch.float16, device="cuda")
-    config = tuning.dense(rows, N, K, linear.arch_of(x.device), linear._processors(x.device))
+    config = tuning.dense(rows, N, K, linear.arch_of(x.device), linear.processors(x.device))
     linear.launch(config, x, linear.pack(w), None, 128, out)
     assert rel_l2(out[-40:], expected(last, w)) <= OWED[torch.float16]
 
@@ -236,7 +236,7 @@ def test_another_number_of_rows_compiles_nothing() -> None:
     try:
         variants = set()
         for M in (*range(1, 150), 160, 192, 256, 257, 300, 447):
-            config = tuning.dense(M, N, K, linear.arch_of(x.device), linear._processors(x.device))
+            config = tuning.dense(M, N, K, linear.arch_of(x.device), linear.processors(x.device))
             variants.add((config, config.BM >= M))
             linear.run(x[:M], packed, None, N, G)
         assert len(compiled) <= len(variants)

@@ -12,6 +12,7 @@ from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_unit
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Mlp, Packed, Routing
 from inductor_ext.kernels.gpu import experts, linear, moe, routing, tuning
+from inductor_ext.kernels.gpu.hopper import launch
 
 E, K, H, I = 128, 8, 2048, 768  # noqa: E741
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -40,6 +41,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(module, name, found[name])
         monkeypatch.setattr(linear, "arch_of", lambda device: target)
         monkeypatch.setattr(linear, "require", lambda x: None)
+        monkeypatch.setattr(launch, "can", lambda packed, x: False)  # test_offline_hopper.py has those
         T = pairs // K
         x = torch.empty(T, H, dtype=dtype, device="meta")
         chosen = Routing(*(torch.empty(T, K, dtype=d, device="meta") for d in (torch.float32, torch.int64)), None, E)

@@ -113,6 +113,7 @@ def _run(
     group_sizes: tuple[int, int],
 ) -> Tensor:
     from inductor_ext.kernels.gpu import moe
+    from inductor_ext.kernels.gpu.hopper import launch as hopper
     from inductor_ext.kernels.gpu.routing import route_kernel
     from inductor_ext.kernels.gpu.workspace import Sections, counters
 
@@ -122,14 +123,16 @@ def _run(
     out = torch.empty_like(x)
     ids, weights = routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
     up, down = tuning.moe(pairs, E, H, I, linear.arch_of(device))
-    BM, pairwise = up.BM, up.PAIRWISE
+    many = tuning.hopper_moe(pairs, E) if hopper.can_experts(x, w13, w2, mlp, I) else None
+    BM, pairwise = (up.BM, up.PAIRWISE) if many is None else (many[0].BM, False)
     blocks = pairs if pairwise else min(pairs, pairs // BM + min(E, pairs))
     # float32 up to where its traffic would count; rounded to x's dtype beyond (see MoeKernel.run).
     y_dtype = torch.float32 if pairs <= 8192 else x.dtype
     room = Sections(device)
-    h = room.take((pairs, I), x.dtype)
+    h = room.take((pairs if many is None else blocks * BM, I), x.dtype)
     y = room.take((pairs, H), y_dtype)
     slots, block_expert, total = (room.take((n,), torch.int32) for n in (blocks * BM, blocks, 1))
+    gathered = None if many is None else room.take((blocks * BM, H), x.dtype)
     room.allocate()
     number, expert_map = routing.number, routing.expert_map
     if not pairwise:
@@ -138,21 +141,27 @@ def _run(
             ids, expert_map, slots.get(), block_expert.get(), total.get(), pairs, number, E,
             BINS=bins, BM=BM, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8,
         )  # fmt: skip
-    found = (weights, ids, expert_map, slots.get(), block_expert.get(), total.get())
-    per_tile = 1 if mlp.gate_up == "none" else 2
-    moe.up_kernel[(-(-I * per_tile // up.BN), blocks)](
-        x, *_tensors(w13), w13_bias, *found, h.get(),
-        number, E, k, H, I, *_sizes(w13), mlp.alpha, mlp.limit or 0.0,
-        GATE_UP=mlp.gate_up, ACTIVATION=mlp.activation, LIMITED=mlp.limit is not None,
-        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(up, w13, H, group_sizes[0], x),
-    )  # fmt: skip
-    across = -(-H // down.BN)
-    arrived = counters(T * across, device) if pairwise else None
-    moe.down_kernel[(across, blocks)](
-        h.get(), *_tensors(w2), w2_bias, *found, y.get(), out, arrived,
-        number, E, k, I, H, *_sizes(w2), mlp.routed_scaling,
-        ON_INPUT=mlp.apply_router_weight_on_input, **_variant(down, w2, I, group_sizes[1], x),
-    )  # fmt: skip
+    if many is not None and gathered is not None:
+        blocked = (weights, slots.get(), block_expert.get(), total.get())
+        hopper.gather(x, blocked, k, BM, gathered.get())
+        hopper.up(many[0], gathered.get(), w13, w13_bias, blocked, mlp, group_sizes[0], h.get())
+        hopper.down(many[1], h.get(), w2, w2_bias, blocked, mlp, group_sizes[1], y.get())
+    else:
+        found = (weights, ids, expert_map, slots.get(), block_expert.get(), total.get())
+        per_tile = 1 if mlp.gate_up == "none" else 2
+        moe.up_kernel[(-(-I * per_tile // up.BN), blocks)](
+            x, *_tensors(w13), w13_bias, *found, h.get(),
+            number, E, k, H, I, *_sizes(w13), mlp.alpha, mlp.limit or 0.0,
+            GATE_UP=mlp.gate_up, ACTIVATION=mlp.activation, LIMITED=mlp.limit is not None,
+            ON_INPUT=mlp.apply_router_weight_on_input, **_variant(up, w13, H, group_sizes[0], x),
+        )  # fmt: skip
+        across = -(-H // down.BN)
+        arrived = counters(T * across, device) if pairwise else None
+        moe.down_kernel[(across, blocks)](
+            h.get(), *_tensors(w2), w2_bias, *found, y.get(), out, arrived,
+            number, E, k, I, H, *_sizes(w2), mlp.routed_scaling,
+            ON_INPUT=mlp.apply_router_weight_on_input, **_variant(down, w2, I, group_sizes[1], x),
+        )  # fmt: skip
     if not pairwise:
         moe.add_up_kernel[(T, -(-H // 1024))](
             y.get(), out, ids, expert_map, k, H, number, E, mlp.routed_scaling, BN=1024, num_warps=4

@@ -1,5 +1,5 @@
-"""The Triton kernels for ``w4a16::linear``: by the number of rows a fused kernel in one of its variants, or
-dequantising once and a dense matmul."""
+"""The Triton kernels for ``w4a16::linear``: by the number of rows a fused kernel in one of its variants (on a Hopper
+that of ``hopper`` for many), or dequantising once and a dense matmul."""
 
 from __future__ import annotations
 
@@ -57,13 +57,19 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int)
 def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
     if packed.order is not None:
         x = x.index_select(1, packed.order)
+    from inductor_ext.kernels.gpu.hopper import launch as hopper
+
     M, K = x.shape
-    arch = arch_of(x.device)
-    if tuning.dense_from(arch, float_zeros(packed)) <= M:
+    arch, many = arch_of(x.device), None
+    if hopper.can(packed, x):
+        many = tuning.hopper(M, N, K, processors(x.device), float_zeros(packed))
+    if many is None and tuning.dense_from(arch, float_zeros(packed)) <= M:
         return torch.nn.functional.linear(x, dequantise(packed, N, K, group_size, x.dtype), bias)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if M > 0:
-        launch(tuning.dense(M, N, K, arch, _processors(x.device)), x, packed, bias, group_size, out)
+    if many is not None:
+        hopper.dense(many, x, packed, bias, group_size, out)
+    elif M > 0:
+        launch(tuning.dense(M, N, K, arch, processors(x.device)), x, packed, bias, group_size, out)
     return out
 
 
@@ -186,5 +192,5 @@ def arch_of(device: torch.device) -> str:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -78,12 +78,51 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
     return Config(64, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=True, STAGES=stages, num_warps=4)
 
 
+_PER_STEP = {(128, 64): 0.55, (256, 64): 0.95, (128, 128): 0.74, (256, 128): 1.38}
+"""Of the kernels in ``hopper``: us of a step, by BN and BM, on an H200 whose processors are all at work."""
+
+
+def hopper(M: int, N: int, K: int, processors: int, float_zeros: bool) -> Hopper | None:
+    """For M rows of N results by the kernel for Hoppers; None where another is faster.
+
+    By an estimate in us: how often the device is filled, times what a tile takes, and with splits the time that their
+    parts take to be written and read.
+    """
+    wide = -(-N // 256)
+    if M <= 32 or (M <= 64 and wide < 0.8 * processors):
+        return None
+    if (float_zeros and M >= 768) or M >= 8192:  # dequantising is little beside so large a product
+        return None
+    steps = -(-K // 256)
+    found = []
+    for (BN, BM), step in _PER_STEP.items():
+        tiles = -(-N // BN) * -(-M // BM)
+        for splits in (1, 2, 3, 4):
+            share = -(-steps // splits)
+            if (BM > 64 and M <= 64) or (splits - 1) * share >= steps:
+                continue
+            rounds = -(-tiles * splits // processors)
+            parts = 2 + splits * tiles * BN * BM * 8 / 2.5e6 if splits > 1 else 0
+            found.append((rounds * (2 * share * step + 2) + parts, Hopper(BN, BM, splits, 4)))
+    return min(found, key=lambda each: each[0])[1]
+
+
 def _splits(tiles: int, steps: int, wanted: float) -> int:
     """How many programs share a tile, so that there are about as many as wanted; about three steps each at least."""
     splits = 1
     while 1.5 * tiles * splits < wanted and steps >= 6 * splits and splits < 16:
         splits *= 2
     return -(-steps // -(-steps // splits))  # fewer, where shares are rounded up so that the last ones had none
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper:
+    """Launch parameters of a kernel in ``hopper``."""
+
+    BN: int
+    BM: int
+    SPLITS: int
+    STAGES: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,3 +161,10 @@ def moe(pairs: int, E: int, H: int, I: int, arch: str) -> tuple[MoeConfig, MoeCo
         config = MoeConfig(False, 128, 64, 32, 3, 8)
         return config, config
     return MoeConfig(False, 128, 128, 32, 3, 8), MoeConfig(False, 64, 128, 32, 3, 4)
+
+
+def hopper_moe(pairs: int, E: int) -> tuple[Hopper, Hopper] | None:
+    """For the first and the second projection by the kernels for Hoppers; None where others are faster."""
+    if pairs < 48 * E:
+        return None
+    return Hopper(256, 128, 1, 4), Hopper(256, 128, 1, 4)

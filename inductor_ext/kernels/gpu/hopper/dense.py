@@ -1,0 +1,137 @@
+"""y = x @ W^T + bias for many rows of x on a Hopper: in tiles [BN, BM] of y^T, or parts of their K.
+
+Where few tiles would leave the device idle, SPLITS programs share a tile, as in the kernel for other GPUs (``dense``).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from inductor_ext.kernels.gpu.hopper.loop import (
+    REGISTERS,
+    accumulate,
+    add_bias,
+    fetch,
+    make_stages,
+    operand,
+    store_rows,
+    stored,
+    wait_for_group,
+)
+
+_BAND: gl.constexpr = gl.constexpr(16)
+"""Tiles along N that are taken together when there are several along M: their weights stay in the cache."""
+
+
+@gluon.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x,  # descriptors: see `make_stages`
+    w,
+    scales,
+    zeros,
+    bias,
+    out,
+    parts,  # float32 [tiles, BN / 64, SPLITS, 64, BM], or None without splits
+    arrived,  # int32 [tiles, BN / 64], zero before and after
+    M,
+    N,
+    ROWS,  # N filled up to a multiple of 64
+    ACROSS,  # 256-column tiles of a row
+    SPLITS: gl.constexpr,
+    BN: gl.constexpr,  # 128 or 256
+    BM: gl.constexpr,
+    G: gl.constexpr,
+    ZEROS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    TALL: gl.constexpr = BN // 64
+    stages = make_stages(x, w, TALL, STAGES)
+    work = (gl.cdiv(N, BN), gl.cdiv(M, BM), ACROSS)
+    numbers = (scales, zeros, ROWS)
+    result = (bias, out, parts, arrived, M, N)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, stages, work, numbers, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+            (_multiply, (1, stages, work, numbers, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+            (_fetch, (x, w, stages, work, SPLITS, TALL, BM, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+@gluon.jit
+def _place(t, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr):
+    """The t-th tile or part of one: its number, which part, and where it is (see ``fetch``)."""
+    along_n, along_m, ACROSS = work
+    tile, part = t % (along_n * along_m), t // (along_n * along_m)
+    band = tile // (_BAND * along_m)
+    height = gl.minimum(along_n - band * _BAND, _BAND)
+    within = tile - band * _BAND * along_m
+    row0, m0 = (band * _BAND + within % height) * TALL, within // height * BM
+    share = gl.cdiv(ACROSS, SPLITS)
+    first = part * share
+    steps = 2 * (gl.minimum(first + share, ACROSS) - first)
+    return tile, part, (row0, 1, m0, ACROSS, first, steps)
+
+
+@gluon.jit
+def _fetch(
+    x, w, stages, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    along_n, along_m, _ = work
+    begun = 0
+    for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
+        _, _, place = _place(t, work, SPLITS, TALL, BM)
+        fetch(x, w, stages, place, begun, TALL // 2, TALL, STAGES)
+        begun += place[5]
+
+
+@gluon.jit
+def _multiply(
+    me: gl.constexpr, stages, work, numbers, result, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
+    G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    along_n, along_m, _ = work
+    scales, zeros, ROWS = numbers
+    PER: gl.constexpr = TALL // 2
+    begun = 0
+    for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
+        tile, part, place = _place(t, work, SPLITS, TALL, BM)
+        n0, m0 = (place[0] + me * PER) * 64, place[2]
+        row = n0 + gl.arange(0, 64, gl.SliceLayout(1, operand(BM)))
+        acc, acc2 = accumulate(me, stages, place, begun, scales, zeros, row, ROWS, BM, G, ZEROS, TALL, STAGES)
+        _store(acc, tile * TALL + me * PER, part, n0, m0, result, SPLITS, BM)
+        if PER == 2:
+            _store(acc2, tile * TALL + me * PER + 1, part, n0 + 64, m0, result, SPLITS, BM)
+        begun += place[5]
+
+
+@gluon.jit
+def _store(acc, tile, part, n0, m0, result, SPLITS: gl.constexpr, BM: gl.constexpr):
+    """64 rows' results; with splits, by the last of them to arrive, who adds up their parts in order."""
+    bias, out, parts, arrived, M, N = result
+    if SPLITS > 1:
+        C: gl.constexpr = acc.type.layout
+        i, j = gl.arange(0, 64, gl.SliceLayout(1, C)), gl.arange(0, BM, gl.SliceLayout(0, C))
+        place = gl.expand_dims(i, 1) * BM + gl.expand_dims(j, 0)
+        mine = parts + tile.to(gl.int64) * (SPLITS * 64 * BM) + place
+        gl.store(mine + part * (64 * BM), acc)
+        wait_for_group()  # all of this group's part is written before it is announced
+        if gl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
+            acc = gl.zeros([64, BM], gl.float32, C)
+            for k in range(SPLITS):
+                acc += gl.load(mine + k * (64 * BM), cache_modifier=".cg")
+            gl.store(arrived + tile, 0)
+            _finish(acc, n0, m0, bias, out, M, N, BM)
+    else:
+        _finish(acc, n0, m0, bias, out, M, N, BM)
+
+
+@gluon.jit
+def _finish(acc, n0, m0, bias, out, M, N, BM: gl.constexpr):
+    if bias is not None:
+        acc = add_bias(acc, bias, n0, N)
+    m = m0 + gl.arange(0, BM, gl.SliceLayout(0, stored()))
+    store_rows(acc, out, m, m < M, n0, N)

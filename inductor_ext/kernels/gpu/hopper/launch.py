@@ -1,0 +1,179 @@
+"""Launches of the kernels for Hoppers: for what weights, with what parameters, and by which descriptors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inductor_ext.kernels import Mlp, Packed
+from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu.tuning import Hopper
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether this Triton has what the kernels are written in: an experimental part, which may change."""
+    try:
+        import inductor_ext.kernels.gpu.hopper.dense
+        import inductor_ext.kernels.gpu.hopper.moe  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def can(packed: Packed, x: Tensor) -> bool:
+    """Whether the kernels multiply x with this weight: each of its elements is rounded once to x's dtype, if scales
+    have that."""
+    there = linear.arch_of(x.device) == "sm_90" and packed.scales.dtype == x.dtype and installed()
+    return there and (packed.zeros is None or packed.zeros.dtype != torch.float32)
+
+
+def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
+    """out [M, N] = x [M, K] @ W^T + bias. Raises ValueError for splits that leave a program without a tile of K."""
+    from inductor_ext.kernels.gpu.hopper.dense import linear_kernel
+    from inductor_ext.kernels.gpu.workspace import counters
+
+    (M, K), N = x.shape, out.shape[1]
+    down, across, _ = packed.qweight.shape
+    BN, BM, splits = config.BN, config.BM, config.SPLITS
+    if (splits - 1) * -(-across // splits) >= across:
+        raise ValueError(f"SPLITS must leave each program a tile of K; {splits} do not of {across} tiles.")
+    tiles = -(-N // BN) * -(-M // BM)
+    parts = arrived = None
+    if splits > 1:
+        parts = torch.empty(tiles * BN * splits * BM, dtype=torch.float32, device=x.device)
+        arrived = counters(tiles * BN // 64, x.device)
+    linear_kernel[(_programs(tiles * splits, x.device),)](
+        _descriptor(x, BM),
+        _descriptor(packed.qweight.view(-1, 32), 64),
+        *_numbers(packed),
+        bias,
+        out,
+        parts,
+        arrived,
+        M,
+        N,
+        down * 64,
+        across,
+        SPLITS=splits,
+        BN=BN,
+        **_variant(config, packed, K, group_size, x.device),
+    )
+
+
+def _variant(config: Hopper, packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
+    meaning = linear.meaning(packed, K, group_size, device)
+    return {
+        "BM": config.BM,
+        "G": meaning["G"],
+        "ZEROS": meaning["ZEROS"],
+        "STAGES": config.STAGES,
+        "num_warps": 4,
+    }
+
+
+def _programs(tiles: int, device: torch.device) -> int:
+    """As many as there is room for at once, or tiles."""
+    return min(tiles, linear.processors(device))
+
+
+def _numbers(packed: Packed) -> tuple[Tensor, Tensor | None]:
+    return linear.words(packed.scales), None if packed.zeros is None else linear.words(packed.zeros)
+
+
+def _descriptor(rows: Tensor, height: int) -> Any:
+    """For the copy engine: [.., K] in blocks [height, 32]. It wants addresses that are multiples of 16."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
+    layout = NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(rows, [height, 32], layout)
+
+
+def can_experts(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
+    """Whether the kernels compute these experts. ``moe.up_kernel`` needs gates and ups where it says."""
+    halves = mlp.gate_up == "halves" and mlp.activation != "swigluoai" and I % 64 == 0
+    # Weights of both projections are rounded, act(h) and with many tokens y: in bfloat16 that is what may be owed, and
+    # codes less such zeros would make it more.
+    exact = not linear.float_zeros(w13) and not linear.float_zeros(w2)
+    return halves and exact and can(w13, x) and can(w2, x)
+
+
+def gather(x: Tensor, found: tuple[Tensor, ...], top_k: int, BM: int, gathered: Tensor) -> None:
+    """gathered [slots, H]: each slot's token."""
+    from inductor_ext.kernels.gpu.hopper.moe import gather_kernel
+
+    _, slots, _, total = found
+    H = x.shape[1]
+    gather_kernel[(len(gathered) // 8, -(-H // 1024))](
+        x, slots, total, gathered, top_k, H, BM=BM, ROWS=8, BN=1024, num_warps=4
+    )
+
+
+def up(
+    config: Hopper,
+    x: Tensor,  # gathered
+    packed: Packed,
+    bias: Tensor | None,
+    found: tuple[Tensor, ...],  # topk_weights, slots, block_expert, total
+    mlp: Mlp,
+    group_size: int,
+    h: Tensor,
+) -> None:
+    """h [slots, I] = act(W13 x + b13)."""
+    from inductor_ext.kernels.gpu.hopper.moe import up_kernel
+
+    I = h.shape[1]  # noqa: E741
+    blocks = h.shape[0] // config.BM
+    up_kernel[(_programs(-(-I // 128) * blocks, x.device),)](
+        _descriptor(x, config.BM),
+        _descriptor(packed.qweight.view(-1, 32), 64),
+        *_numbers(packed),
+        bias,
+        *found,
+        h,
+        I,
+        *_sizes(packed),
+        ACTIVATION=mlp.activation,
+        ON_INPUT=mlp.apply_router_weight_on_input,
+        **_variant(config, packed, x.shape[1], group_size, x.device),
+    )
+
+
+def down(
+    config: Hopper,
+    h: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    found: tuple[Tensor, ...],
+    mlp: Mlp,
+    group_size: int,
+    y: Tensor,
+) -> None:
+    """y [pairs, H] = weight * (W2 h + b2)."""
+    from inductor_ext.kernels.gpu.hopper.moe import down_kernel
+
+    H, blocks = y.shape[1], h.shape[0] // config.BM
+    down_kernel[(_programs(-(-H // config.BN) * blocks, h.device),)](
+        _descriptor(h, config.BM),
+        _descriptor(packed.qweight.view(-1, 32), 64),
+        *_numbers(packed),
+        bias,
+        *found,
+        y,
+        H,
+        *_sizes(packed),
+        ON_INPUT=mlp.apply_router_weight_on_input,
+        BN=config.BN,
+        **_variant(config, packed, h.shape[1], group_size, h.device),
+    )
+
+
+def _sizes(packed: Packed) -> tuple[int, int, int, int]:
+    _, tall, across, _ = packed.qweight.shape
+    return tall * 64, across, packed.scales.shape[1], 0 if packed.zeros is None else packed.zeros.shape[1]

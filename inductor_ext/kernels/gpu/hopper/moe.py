@@ -1,0 +1,196 @@
+"""Routed experts with many tokens on a Hopper: as in ``gpu/moe.py``, by the loop of ``loop.py``.
+
+The copy engine reads rows that lie one after the other. So the tokens of each block's pairs are gathered first, and
+act(W13 x) stays in the order of the slots.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from inductor_ext.kernels.gpu.hopper.loop import (
+    REGISTERS,
+    accumulate,
+    add_bias,
+    fetch,
+    make_stages,
+    operand,
+    store_rows,
+    stored,
+    sums,
+)
+
+
+@triton.jit
+def gather_kernel(x, slots, total, gathered, TOP_K, HIDDEN, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr):
+    """gathered [slots, HIDDEN]: each slot's token. Nobody's slots, and those beyond the last block, are not written."""
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pair = tl.load(slots + slot, mask=slot < tl.load(total) * BM, other=-1)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    known = (pair >= 0)[:, None] & (n < HIDDEN)[None, :]
+    row = tl.load(x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[:, None] * HIDDEN + n[None, :], mask=known, other=0.0)
+    tl.store(gathered + slot.to(tl.int64)[:, None] * HIDDEN + n[None, :], row, mask=known)
+
+
+@gluon.jit
+def up_kernel(
+    x, w, scales, zeros, bias, topk_weights, slots, block_expert, total, h,
+    INNER, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS,
+    ACTIVATION: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """h [slots, INNER] = act(W13 x + b13), in tiles of 128 of INNER and a block of slots. ``x``: the gathered tokens.
+
+    Each group has 64 gates and, INNER rows on, the 64 ups of the same results: INNER is a multiple of 64.
+    """
+    stages = make_stages(x, w, 4, STAGES)
+    work = (gl.cdiv(INNER, 128), gl.load(total), block_expert, ROWS // 64, INNER // 64, ACROSS)
+    numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
+    result = (bias, topk_weights, slots, h, INNER)
+    gl.warp_specialize(
+        [
+            (_up, (0, stages, work, numbers, result, ACTIVATION, ON_INPUT, BM, G, ZEROS, STAGES)),
+            (_up, (1, stages, work, numbers, result, ACTIVATION, ON_INPUT, BM, G, ZEROS, STAGES)),
+            (_fetch, (x, w, stages, work, 2, 1, 4, BM, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+@gluon.jit
+def _place(t, work, EACH: gl.constexpr, BM: gl.constexpr):
+    """The t-th tile: its block and that one's expert, which tile of the block, and where it is (see ``fetch``).
+
+    EACH: times 64 rows of codes from one tile to the next."""
+    across, _, block_expert, TALL_EXPERT, APART, ACROSS = work
+    block, tile = t // across, t % across
+    expert = gl.load(block_expert + block)
+    return block, expert, tile, (expert * TALL_EXPERT + tile * EACH, APART, block * BM, ACROSS, 0, 2 * ACROSS)
+
+
+@gluon.jit
+def _fetch(
+    x, w, stages, work,
+    EACH: gl.constexpr, NEXT: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    across, blocks, _, _, _, _ = work
+    begun = 0
+    for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
+        _, _, _, place = _place(t, work, EACH, BM)
+        fetch(x, w, stages, place, begun, NEXT, TALL, STAGES)
+        begun += place[5]
+
+
+@gluon.jit
+def _up(
+    me: gl.constexpr, stages, work, numbers, result, ACTIVATION: gl.constexpr, ON_INPUT: gl.constexpr,
+    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    bias, topk_weights, slots, h, INNER = result
+    across, blocks, _, _, _, _ = work
+    begun = 0
+    for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
+        block, expert, tile, place = _place(t, work, 2, BM)
+        n0 = (2 * tile + me) * 64
+        gate, up = _sums(me, stages, place, begun, numbers, expert, n0, BM, G, ZEROS, 4, STAGES)
+        if ON_INPUT:
+            factor = _factors(topk_weights, slots + block * BM, BM)
+            gate, up = gate * factor, up * factor
+        if bias is not None:
+            own = bias + expert.to(gl.int64) * 2 * INNER
+            gate, up = add_bias(gate, own, n0, INNER), add_bias(up, own + INNER, n0, INNER)
+        m = block * BM + gl.arange(0, BM, gl.SliceLayout(0, stored()))
+        store_rows(_activated(gate, ACTIVATION) * up, h, m, m >= 0, n0, INNER)
+        begun += place[5]
+
+
+@gluon.jit
+def down_kernel(
+    h, w, scales, zeros, bias, topk_weights, slots, block_expert, total, y,
+    HIDDEN, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS,
+    ON_INPUT: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """y [pairs, HIDDEN] = weight * (W2 h + b2), in tiles of BN of HIDDEN and a block of slots."""
+    TALL: gl.constexpr = BN // 64
+    stages = make_stages(h, w, TALL, STAGES)
+    work = (gl.cdiv(HIDDEN, BN), gl.load(total), block_expert, ROWS // 64, 1, ACROSS)
+    numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
+    result = (bias, topk_weights, slots, y, HIDDEN)
+    gl.warp_specialize(
+        [
+            (_down, (0, stages, work, numbers, result, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
+            (_down, (1, stages, work, numbers, result, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
+            (_fetch, (h, w, stages, work, TALL, TALL // 2, TALL, BM, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+@gluon.jit
+def _down(
+    me: gl.constexpr, stages, work, numbers, result, ON_INPUT: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
+    G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    across, blocks, _, _, _, _ = work
+    PER: gl.constexpr = TALL // 2
+    begun = 0
+    for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
+        block, expert, tile, place = _place(t, work, TALL, BM)
+        n0 = (tile * TALL + me * PER) * 64
+        acc, acc2 = _sums(me, stages, place, begun, numbers, expert, n0, BM, G, ZEROS, TALL, STAGES)
+        _weighted(acc, n0, block, expert, result, ON_INPUT, BM)
+        if PER == 2:
+            _weighted(acc2, n0 + 64, block, expert, result, ON_INPUT, BM)
+        begun += place[5]
+
+
+@gluon.jit
+def _sums(
+    me: gl.constexpr, stages, place, begun, numbers, expert, n0, BM: gl.constexpr, G: gl.constexpr,
+    ZEROS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS = numbers
+    e = expert.to(gl.int64) * ROWS
+    scales += e * SCALE_ROWS
+    if ZEROS != "none":
+        zeros += e * ZERO_ROWS
+    row = n0 + gl.arange(0, 64, gl.SliceLayout(1, operand(BM)))
+    return accumulate(me, stages, place, begun, scales, zeros, row, ROWS, BM, G, ZEROS, TALL, STAGES)
+
+
+@gluon.jit
+def _weighted(acc, n0, block, expert, result, ON_INPUT: gl.constexpr, BM: gl.constexpr):
+    bias, topk_weights, slots, y, HIDDEN = result
+    if bias is not None:
+        acc = add_bias(acc, bias + expert.to(gl.int64) * HIDDEN, n0, HIDDEN)
+    if not ON_INPUT:
+        acc *= _factors(topk_weights, slots + block * BM, BM)
+    pair = gl.load(slots + block * BM + gl.arange(0, BM, gl.SliceLayout(0, stored())))
+    store_rows(acc, y, pair, pair >= 0, n0, HIDDEN)
+
+
+@gluon.jit
+def _factors(topk_weights, slots, BM: gl.constexpr):
+    """float32 [1, BM]: the router's weights of a block's pairs."""
+    pair = gl.load(slots + gl.arange(0, BM, gl.SliceLayout(0, sums(BM))))
+    return gl.expand_dims(gl.load(topk_weights + pair, mask=pair >= 0, other=0.0).to(gl.float32), 0)
+
+
+@gluon.jit
+def _activated(g, ACTIVATION: gl.constexpr):
+    """As ``gpu/moe.py`` has it."""
+    if ACTIVATION == "silu":
+        g *= 1.0 / (1.0 + gl.exp(-g))
+    elif ACTIVATION == "gelu":
+        g *= 0.5 + 0.5 * gl.erf(g * 0.7071067811865476)
+    elif ACTIVATION == "gelu_tanh":
+        g *= 1.0 / (1.0 + gl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+    else:
+        g = gl.maximum(g, 0.0)
+    return g

@@ -1,0 +1,111 @@
+"""The kernels for Hoppers as they are launched, compiled on a machine without one: they keep the matrix unit busy while
+they unpack, spill nothing and fit into shared memory. What they compute is tested on a GPU (test_gpu_linear.py,
+test_gpu_moe.py)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from offline import TARGETS, Facts, Recorder
+from test_offline_dense import K, N, packed
+
+from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import Mlp, Packed, Routing
+from inductor_ext.kernels.gpu import experts, linear, moe, routing, tuning
+from inductor_ext.kernels.gpu.hopper import dense, launch
+from inductor_ext.kernels.gpu.hopper import moe as many
+from inductor_ext.kernels.gpu.tuning import Hopper
+
+
+@pytest.fixture
+def on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(linear, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(linear, "processors", lambda device: 132)
+    monkeypatch.setattr(linear, "require", lambda x: None)
+    return monkeypatch
+
+
+def check(facts: Facts, tmp_path: Path) -> None:
+    assert facts.matrix and all("wgmma" in instruction for instruction in facts.matrix)
+    assert facts.spills == 0
+    assert 0 < facts.shared <= TARGETS["sm_90"].shared
+    # ptxas says so (C7510 to C7519) where it lets a wgmma start only when the one before it has ended.
+    (tmp_path / "kernel.ptx").write_text(facts.assembly)
+    said = subprocess.run(
+        [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", tmp_path / "kernel.ptx", "-o", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "registers" in said.stderr and "serialized" not in said.stderr, said.stderr
+
+
+@pytest.mark.parametrize(
+    ("BN", "BM", "splits", "dtype", "G", "zeros"),
+    [
+        (128, 64, 2, torch.bfloat16, 64, False),
+        (256, 64, 1, torch.float16, 32, True),
+        (128, 128, 1, torch.float16, 128, False),
+        (256, 128, 2, torch.bfloat16, 128, True),
+        (256, 128, 1, torch.float16, 256, False),
+    ],
+)
+def test_linears(
+    on_a_hopper: pytest.MonkeyPatch,
+    tmp_path: Path,
+    BN: int,
+    BM: int,
+    splits: int,
+    dtype: torch.dtype,
+    G: int,
+    zeros: bool,
+) -> None:
+    kernel = Recorder(dense.linear_kernel)
+    on_a_hopper.setattr(dense, "linear_kernel", kernel)
+    x, out = (torch.empty(300, columns, dtype=dtype, device="meta") for columns in (K, N))
+    launch.dense(Hopper(BN, BM, splits, 4), x, packed(G, zeros, dtype), None, G, out)
+    check(kernel.compile("sm_90"), tmp_path)
+
+
+def experts_of(E: int, N: int, K: int, dtype: torch.dtype) -> Packed:
+    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(E * N, columns, dtype=dtype, device="meta")
+
+    return experts.pack(PackedInt4(empty(K // 8, torch.int32), empty(K // 128, dtype)), E)
+
+
+def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    E, k, H, I, dtype = 128, 8, 2048, 768, torch.bfloat16  # noqa: E741
+    kernels = {name: Recorder(getattr(many, name)) for name in ("up_kernel", "down_kernel", "gather_kernel")}
+    for name, kernel in kernels.items():
+        on_a_hopper.setattr(many, name, kernel)
+    for module, name in ((routing, "route_kernel"), (moe, "add_up_kernel")):
+        on_a_hopper.setattr(module, name, Recorder(getattr(module, name)))
+    x = torch.empty(4096, H, dtype=dtype, device="meta")
+    chosen = Routing(*(torch.empty(4096, k, dtype=d, device="meta") for d in (torch.float32, torch.int64)), None, E)
+    w13, w2 = experts_of(E, 2 * I, H, dtype), experts_of(E, H, I, dtype)
+    experts.run(x, chosen, w13, w2, None, None, Mlp(), I, (128, 128))
+    for name in ("up_kernel", "down_kernel"):
+        check(kernels[name].compile("sm_90"), tmp_path)
+    facts = kernels["gather_kernel"].compile("sm_90")
+    assert facts.spills == 0 and facts.load_bytes("row = tl.load(x") == {16}
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33, 65, 129, 1000, 8191, 8192])
+@pytest.mark.parametrize(("N", "K"), [(64, 32), (128, 256), (4096, 4096), (28672, 4096), (4096, 14336), (151936, 2048)])
+def test_every_program_has_a_part_of_the_work(rows: int, N: int, K: int) -> None:
+    for float_zeros in (False, True):
+        config = tuning.hopper(rows, N, K, 132, float_zeros)
+        if config is not None:
+            across = -(-K // 256)
+            assert (config.SPLITS - 1) * -(-across // config.SPLITS) < across
+
+
+def test_splits_that_leave_a_program_without_work_are_refused(on_a_hopper: pytest.MonkeyPatch) -> None:
+    x, out = (torch.empty(300, columns, dtype=torch.float16, device="meta") for columns in (K, N))
+    with pytest.raises(ValueError, match="SPLITS must leave each program a tile of K; 12 do not of 16 tiles"):
+        launch.dense(Hopper(128, 128, 12, 4), x, packed(128, False, torch.float16), None, 128, out)
