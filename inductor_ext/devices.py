@@ -24,6 +24,12 @@ def of(device: torch.device) -> Device:
     return Device(device.type, _arch(device))
 
 
+def here() -> Device:
+    """The accelerator that torch would take, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return of(torch.device("cpu") if found is None else found)
+
+
 def _arch(device: torch.device) -> str:
     if device.type == "cpu":
         return platform.machine()

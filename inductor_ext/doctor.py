@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch._dynamo import list_backends
 
-from inductor_ext.kernels import KERNELS, why_unusable
+from inductor_ext.kernels import table, why_unusable
 from inductor_ext.kernels.hip import objects, probe, runtime
 
 BACKEND = "w4a16"
@@ -122,7 +122,7 @@ def _accelerators() -> list[Fact]:
 
 
 def _kernels() -> list[Fact]:
-    return [_kernel(op, name) for op, names in KERNELS.items() for name in names]
+    return [_kernel(row.op, row.name) for row in table.TABLE]
 
 
 def _kernel(op: str, name: str) -> Fact:

@@ -7,12 +7,16 @@ what it needs is installed here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 from inductor_ext import oracle
 from inductor_ext.devices import Device, named
-from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind
+from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind, table
+
+WIDTH = 2 + max(map(len, table.names()))
+INDENT = " " * (WIDTH + 2)
 
 
 def problems(device: Device) -> dict[str, Problem | MoeProblem]:
@@ -73,8 +77,21 @@ def main(name: str) -> int:
     device = named(name)
     print(f"what would run on {device}, by the kernels' own rules; none of it was run")
     for title, problem in problems(device).items():
-        choice = oracle.choose(problem, elsewhere=True)
-        print(f"{choice.kernel:<10} {title}: {problem}")
-        for kernel, reason in choice.passed_over.items():
-            print(f"{'':<10}   not {kernel}: {reason}")
+        for line in lines(title, problem):
+            print(line)
     return 0
+
+
+def lines(title: str, problem: Problem | MoeProblem) -> Iterator[str]:
+    """What would run, why not the others, and what could take its place."""
+    verdicts = oracle.verdicts(problem, elsewhere=True)
+    can = [name for name, reason in verdicts.items() if reason is None]
+    yield f"{can[0]:<{WIDTH}}{title}: {problem}"
+    for name in can[:1]:
+        if package := table.rows(problem.op)[name].package:
+            yield f"{INDENT}needs {package}"
+    for name, reason in verdicts.items():
+        if reason is not None:
+            yield f"{INDENT}not {name}: {reason}"
+    if can[1:]:
+        yield f"{INDENT}else {', '.join(can[1:])}"

@@ -158,12 +158,11 @@ class Calls:
         """Of the packed tensors of the last run."""
         self.packed: list[weakref.ref[Tensor]] = []
         """Every packed tensor that a kernel was run with."""
-        for op, names in kernels.KERNELS.items():
-            for name in names:
-                if kernels.why_unusable(op, name) is None:
-                    kernel = kernels.load_for(op, name)
-                    patch.setattr(kernel, "run", self._run(name, kernel.run))
-                    patch.setattr(kernel, "pack", self._pack(kernel.pack))
+        for op, name in [(row.op, row.name) for row in kernels.table.TABLE]:
+            if kernels.why_unusable(op, name) is None:
+                kernel = kernels.load_for(op, name)
+                patch.setattr(kernel, "run", self._run(name, kernel.run))
+                patch.setattr(kernel, "pack", self._pack(kernel.pack))
 
     @property
     def runs(self) -> int:

@@ -13,9 +13,9 @@ from models import pack, rel_l2
 from torch import Tensor
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
-from inductor_ext import kernels, oracle
+from inductor_ext import kernels
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import Mlp, MoeProblem, WeightKind
+from inductor_ext.kernels import Mlp, MoeProblem, WeightKind, table
 
 OWED = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 """Relative L2 against float64."""
@@ -45,7 +45,7 @@ def _named(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
 
-KERNELS = [_named(name) for name in oracle.PRIORITY["moe"]["cpu"]]
+KERNELS = [_named(name) for name in table.priority("moe", "cpu")]
 """Of the CPU. The Triton kernels' tests are in test_gpu_experts.py, test_moe_numbers.py and test_gpu_moe.py."""
 
 on_a_gpu = pytest.mark.skipif(
@@ -104,7 +104,7 @@ class Experts:
     def problem(self) -> MoeProblem:
         w13, w2 = (WeightKind(self.scale_dtype or self.dtype, G, self.zeros) for G in self.G)
         sizes = {"E": self.E, "top_k": 2, "H": self.H, "I": self.I}
-        device = "cpu" if self.kernel in oracle.PRIORITY["moe"]["cpu"] else "cuda"  # which the CPU may stand in for
+        device = "cpu" if self.kernel in table.priority("moe", "cpu") else "cuda"  # which the CPU may stand in for
         arch = "gfx1100" if self.kernel == "hip" else ""
         return MoeProblem(
             device, arch, self.dtype, **sizes, w13=w13, w2=w2, mlp=self.mlp, bias=self.bias, expert_map=self.mapped

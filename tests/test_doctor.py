@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from inductor_ext import doctor, kernels
+from inductor_ext.kernels import table
 
 
 class Kernel:
@@ -30,6 +31,11 @@ def lines(printed: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in rows}
 
 
+def only(monkeypatch: pytest.MonkeyPatch, *kernels: tuple[str, str]) -> None:
+    """A world of these kernels, by op and name."""
+    monkeypatch.setattr(table, "TABLE", tuple(table.Row(op, name, "", ("cpu",), "CPU") for op, name in kernels))
+
+
 def test_a_healthy_install_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     said = lines(capsys.readouterr().out)
@@ -37,7 +43,7 @@ def test_a_healthy_install_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert said["linear: reference"] == said["moe: reference"] == "usable"
     assert "backend='w4a16'" in said["w4a16"]
     assert said["entry point"].startswith("inductor_ext.backend:w4a16 from ")
-    assert {f"{op}: {name}" for op, names in kernels.KERNELS.items() for name in names} <= set(said)
+    assert {f"{row.op}: {row.name}" for row in table.TABLE} <= set(said)
 
 
 def test_values_stand_in_one_column(capsys: pytest.CaptureFixture[str], no_backend: None) -> None:
@@ -48,7 +54,7 @@ def test_values_stand_in_one_column(capsys: pytest.CaptureFixture[str], no_backe
 
 
 def test_a_kernel_that_cannot_run_gives_its_reason(monkeypatch: pytest.MonkeyPatch, no_backend: None) -> None:
-    monkeypatch.setattr(doctor, "KERNELS", {"linear": {"reference": "", "fast": ""}, "moe": {"fast": ""}})
+    only(monkeypatch, ("linear", "reference"), ("linear", "fast"), ("moe", "fast"))
     said = {"reference": Kernel(None), "fast": Kernel("the library was not built")}
     monkeypatch.setattr(kernels, "load_for", lambda op, name: said[name])
     assert doctor.facts()["kernels"] == [
@@ -65,7 +71,7 @@ def test_a_kernel_that_does_not_load_hides_no_other(monkeypatch: pytest.MonkeyPa
             raise OSError("undefined symbol: aoti_torch_x")
         return Kernel(None)
 
-    monkeypatch.setattr(doctor, "KERNELS", {"moe": {"broken": "", "reference": ""}})
+    only(monkeypatch, ("moe", "broken"), ("moe", "reference"))
     monkeypatch.setattr(kernels, "load_for", load_for)
     broken, reference = doctor.facts()["kernels"]
     assert broken.value == "does not load: OSError: undefined symbol: aoti_torch_x"
@@ -75,7 +81,7 @@ def test_a_kernel_that_does_not_load_hides_no_other(monkeypatch: pytest.MonkeyPa
 def test_no_reference_kernel_fails(
     monkeypatch: pytest.MonkeyPatch, no_backend: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "KERNELS", {"moe": {"reference": ""}})
+    only(monkeypatch, ("moe", "reference"))
     monkeypatch.setattr(kernels, "load_for", lambda op, name: Kernel("no int4 today"))
     assert doctor.main() == 1
     assert lines(capsys.readouterr().out)["moe: reference"] == "WRONG: no int4 today"

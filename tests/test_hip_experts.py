@@ -15,7 +15,7 @@ from moe_problems import MAP, MLPS, Experts, exact, right
 
 from inductor_ext import oracle
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels import Mlp, MoeProblem, Routing, WeightKind
+from inductor_ext.kernels import Mlp, MoeProblem, Routing, WeightKind, table
 from inductor_ext.kernels.gpu import experts as triton
 from inductor_ext.kernels.hip import experts, routing
 
@@ -98,7 +98,7 @@ def test_required_it_is_never_replaced(monkeypatch: pytest.MonkeyPatch, built: N
     with pytest.raises(oracle.Required, match=r"hip: The kernel needs the WMMA of RDNA 3 \(gfx11\); this is gfx1200"):
         oracle.choose(replace(PROBLEM, arch="gfx1200"))
     assert oracle.choose(replace(PROBLEM, device="cpu"), "reference").kernel == "reference"
-    assert oracle.choose(replace(PROBLEM, device="cpu")).kernel in oracle.PRIORITY["moe"]["cpu"]
+    assert oracle.choose(replace(PROBLEM, device="cpu")).kernel in table.priority("moe", "cpu")
 
 
 def test_the_switch_has_three_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from models import CompressedTensors, Int8
 
 import inductor_ext
 from inductor_ext import devices, kernels, oracle
-from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind
+from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind, table
+from inductor_ext.oracle import wna16
 
 PROBLEM = Problem(
     op="linear",
@@ -52,10 +53,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch, **given: tuple[str | None, str | No
         for name, (usable, rejects) in given.items()
     }
 
-    monkeypatch.setattr(kernels, "NAMES", (*given, "elsewhere"))
-    monkeypatch.setattr(kernels, "KERNELS", {op: dict.fromkeys(given, "") for op in ("linear", "moe")})
+    rows = [table.Row(op, name, "", ("cpu",), "CPU") for op in ("linear", "moe") for name in given]
+    monkeypatch.setattr(table, "TABLE", (*rows, table.Row("other", "elsewhere", "", ("cpu",), "CPU")))
     monkeypatch.setattr(kernels, "load_for", lambda op, name: modules[name])
-    monkeypatch.setattr(oracle, "PRIORITY", {op: {"cpu": tuple(given)} for op in ("linear", "moe")})
 
 
 @pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
@@ -98,10 +98,9 @@ def test_a_forced_kernel_of_another_op_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_kernel_that_does_not_load_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    for op in kernels.KERNELS:
-        monkeypatch.setitem(kernels.KERNELS[op], "gone", "inductor_ext.kernels.gone")
-    monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "gone"))
-    monkeypatch.setattr(oracle, "PRIORITY", {op: {"cpu": ("gone", "reference")} for op in kernels.KERNELS})
+    gone = [table.Row(op, "gone", "inductor_ext.kernels.gone", ("cpu",), "CPU") for op in table.ops()]
+    slow = [row for row in table.TABLE if row.name == "reference"]
+    monkeypatch.setattr(table, "TABLE", (*gone, *slow))
     for problem in (PROBLEM, MOE):
         choice = oracle.choose(problem)
         assert choice.kernel == "reference"
@@ -112,31 +111,39 @@ def test_a_kernel_that_does_not_load_is_passed_over(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
 def test_an_unknown_name_lists_the_known_ones(problem: Problem | MoeProblem) -> None:
-    with pytest.raises(ValueError, match=r"There is no kernel 'cup'; the kernels are cpu, hip, reference"):
+    with pytest.raises(ValueError, match=r"There is no kernel 'cup'; the kernels are cpu, hip, .*reference"):
         oracle.choose(problem, "cup")
 
 
 def test_a_name_of_another_op_lists_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "only"))
-    with pytest.raises(
-        ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, hip, reference, triton\."
-    ):
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE, table.Row("linear", "only", "", ("cpu",), "CPU")))
+    with pytest.raises(ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, .*triton\."):
         kernels.load_for("moe", "only")
 
 
-def test_every_list_ends_with_the_kernel_that_runs_everywhere() -> None:
-    assert set(oracle.PRIORITY) == set(kernels.KERNELS)
-    for op, lists in oracle.PRIORITY.items():
-        assert all(names[-1] == "reference" for names in lists.values())
-        assert {name for names in lists.values() for name in names} <= set(kernels.KERNELS[op])
+@pytest.mark.parametrize("bits", sorted({row.bits for row in table.TABLE}))
+@pytest.mark.parametrize("op", table.ops())
+def test_every_list_ends_with_a_kernel_that_runs_everywhere(op: str, bits: int) -> None:
+    for device in ("cpu", "cuda", "xpu", "mps", "unheard-of"):
+        last = table.priority(op, device, bits)[-1]
+        assert table.rows(op)[last].backend == "EMULATION"
+        assert kernels.load_for(op, last).usable() is None
+
+
+def test_a_row_is_of_one_kernel() -> None:
+    assert len({(row.op, row.name) for row in table.TABLE}) == len(table.TABLE)
+    assert {row.backend for row in table.TABLE} <= {backend.value for backend in wna16.WNA16MoEBackend}
+
+
+def test_every_problem_has_a_kernel_on_every_device() -> None:
     for problem, device in itertools.product((PROBLEM, MOE), ("cpu", "cuda", "xpu", "mps", "unheard-of")):
         chosen = oracle.choose(replace(problem, device=device, dtype=torch.float32)).kernel
-        assert chosen in kernels.KERNELS[problem.op]
+        assert chosen in table.priority(problem.op, device)
 
 
 def test_a_device_without_a_list_has_the_reference() -> None:
     for problem in (PROBLEM, MOE):
-        assert oracle.choose(replace(problem, device="xpu")) == oracle.Choice("reference", {})
+        assert oracle.choose(replace(problem, device="mps")) == oracle.Choice("reference", {})
 
 
 @pytest.mark.parametrize("problem", [PROBLEM, MOE], ids=lambda problem: problem.op)
@@ -149,9 +156,8 @@ def test_the_cpu_kernel_comes_before_the_reference(problem: Problem | MoeProblem
 
 
 def test_every_kernel_says_what_it_is() -> None:
-    for op, names in kernels.KERNELS.items():
-        for name in names:
-            assert name == kernels.load_for(op, name).NAME
+    for row in table.TABLE:
+        assert row.name == kernels.load_for(row.op, row.name).NAME
 
 
 @pytest.mark.parametrize(
@@ -205,7 +211,7 @@ def test_the_report_keeps_the_reasons() -> None:
 def test_no_kernel_leaves_the_layer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     monkeypatch.setattr(kernels.load("reference"), "reject", lambda problem: "On holiday.")
-    monkeypatch.setattr(oracle, "PRIORITY", {"linear": {"cpu": ("reference",)}})
+    monkeypatch.setattr(table, "TABLE", tuple(row for row in table.TABLE if row.name == "reference"))
     report = inductor_ext.explain(Int8(32, 64), torch.randn(3, 64))
     assert report.rewritten == []
     assert "reference: On holiday." in report.left_alone[0].reason

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.formats import PackedInt4
+from inductor_ext.kernels import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,18 @@ class Problem:
     K: int
     group_size: int
     zeros: str
-    """"none" (constant 8), "int" or "float"."""
+    """"none" (constant: 8, or 128 of 8 bits), "int" or "float"."""
     order: bool
     """Act-order: columns are stored permuted."""
     bias: bool
+    bits: int = 4
+    """Of a code."""
 
     def __str__(self) -> str:
         extras = [f"{self.zeros} zeros"] if self.zeros != "none" else ["symmetric"]
         extras += ["act-order"] if self.order else []
         extras += ["bias"] if self.bias else []
+        extras += [f"{self.bits} bits"] if self.bits != 4 else []
         return f"N={self.N} K={self.K} G={self.group_size} {_short(self.dtype)}, {', '.join(extras)}"
 
 
@@ -50,7 +54,11 @@ class WeightKind:
     scale_dtype: torch.dtype
     group_size: int
     zeros: str
-    """"none" (constant 8), "int" or "float"."""
+    """"none" (constant: 8, or 128 of 8 bits), "int" or "float"."""
+    order: bool = False
+    """Act-order: columns are stored permuted."""
+    bits: int = 4
+    """Of a code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +108,12 @@ class MoeProblem:
     bias: bool
     expert_map: bool
     op: str = "moe"
+    batched: bool = False
+    """Tokens come as [E, tokens, H], already sent to their experts, not as [T, H] with ids."""
+
+    @property
+    def bits(self) -> int:
+        return self.w13.bits
 
     def __str__(self) -> str:
         zeros = {w.zeros for w in (self.w13, self.w2)} - {"none"}
@@ -108,6 +122,9 @@ class MoeProblem:
         extras += ["bias"] if self.bias else []
         extras += ["expert_map"] if self.expert_map else []
         extras += ["weighted input"] if self.mlp.apply_router_weight_on_input else []
+        extras += ["act-order"] if self.w13.order or self.w2.order else []
+        extras += [f"{self.bits} bits"] if self.bits != 4 else []
+        extras += ["batched by expert"] if self.batched else []
         sizes = dict.fromkeys((self.w13.group_size, self.w2.group_size))
         return (
             f"E={self.E} top_k={self.top_k} H={self.H} I={self.I} G={'/'.join(map(str, sizes))}"
@@ -229,30 +246,10 @@ class MoeKernel(Protocol):
         """
 
 
-KERNELS: dict[str, dict[str, str]] = {
-    "linear": {
-        "cpu": "inductor_ext.kernels.cpu",
-        "hip": "inductor_ext.kernels.hip.linear",
-        "triton": "inductor_ext.kernels.gpu.linear",
-        "reference": "inductor_ext.kernels.reference",
-    },
-    "moe": {
-        "cpu": "inductor_ext.kernels.cpu_moe",
-        "hip": "inductor_ext.kernels.hip.experts",
-        "triton": "inductor_ext.kernels.gpu.experts",
-        "reference": "inductor_ext.kernels.reference_moe",
-    },
-}
-"""Every kernel by op, in no order: the oracle's priority lists say which is tried first on which device."""
-
-NAMES = tuple(sorted({name for kernels in KERNELS.values() for name in kernels}))
-"""What ``w4a16.kernel`` may be. Not every op has each of them."""
-
-
 def check_name(name: str) -> None:
     """Raises ValueError, naming the known ones, if no op has a kernel of this name."""
-    if name not in NAMES:
-        raise ValueError(f"There is no kernel {name!r}; the kernels are {', '.join(NAMES)}.")
+    if name not in table.names():
+        raise ValueError(f"There is no kernel {name!r}; the kernels are {', '.join(table.names())}.")
 
 
 def load(name: str) -> Kernel:
@@ -269,9 +266,10 @@ def load_moe(name: str) -> MoeKernel:
 def load_for(op: str, name: str) -> Any:
     """The kernel module of this name for this op. Raises ValueError, naming the known ones, if there is none."""
     check_name(name)
-    if name not in KERNELS[op]:
-        raise ValueError(f"There is no kernel {name!r} for {op}; its kernels are {', '.join(sorted(KERNELS[op]))}.")
-    return importlib.import_module(KERNELS[op][name])
+    known = table.rows(op)
+    if name not in known:
+        raise ValueError(f"There is no kernel {name!r} for {op}; its kernels are {', '.join(sorted(known))}.")
+    return importlib.import_module(known[name].module)
 
 
 def why_unusable(op: str, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The oracle: which kernel computes a problem on a device, and why the others do not."""
+"""Which kernel computes a problem on a device, and why the others do not."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import dataclasses
 import os
 
 from inductor_ext import kernels
-from inductor_ext.kernels import MoeProblem, Problem
-
-PRIORITY: dict[str, dict[str, tuple[str, ...]]] = {
-    "linear": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
-    "moe": {"cpu": ("cpu", "reference"), "cuda": ("hip", "triton", "reference")},
-}
-"""Kernels by op and device type, the one to try first first. A device without a list has the reference kernel, which
-runs everywhere."""
-
+from inductor_ext.kernels import MoeProblem, Problem, table
 
 MOE_HIP = "INDUCTOR_EXT_MOE_HIP"
 """An environment variable about routed experts on GPUs. Unset: kernel "hip" where it can. 0: never. 1: "hip" or an
@@ -37,8 +29,8 @@ class Choice:
 
 
 def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: bool = False) -> Choice:
-    """The first kernel of the op's list for the device that does not reject the problem; or the forced one, if it does
-    not. ``elsewhere``: the device is not here, and what is installed here does not count.
+    """The first kernel of the table for the op and the device that does not reject the problem; or the forced one, if
+    it does not. ``elsewhere``: the device is not here, and what is installed here does not count.
 
     Raises NoKernel with every reason, and ValueError for a forced name that no kernel has, or for what MOE_HIP may not
     be. A forced kernel is never replaced by another.
@@ -47,10 +39,10 @@ def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: 
         kernels.check_name(forced)
     elif problem.op == "moe" and problem.device == "cuda" and moe_hip() == "1":
         forced = "hip"
-    candidates = (forced,) if forced is not None else PRIORITY[problem.op].get(problem.device, ("reference",))
+    candidates = (forced,) if forced is not None else table.priority(problem.op, problem.device, problem.bits)
     reasons: dict[str, str] = {}
     for name in candidates:
-        reason = _why_not(problem, name, elsewhere)
+        reason = why_not(problem, name, elsewhere)
         if reason is None:
             return Choice(name, reasons)
         reasons[name] = reason
@@ -58,6 +50,13 @@ def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: 
     raise (NoKernel if forced is None else Required)(
         f"No kernel computes {problem.op} {problem} on {problem.device}: {told}"
     )
+
+
+def verdicts(problem: Problem | MoeProblem, elsewhere: bool = False) -> dict[str, str | None]:
+    """Every kernel that is tried on the problem's device, the first first, with why it does not compute it; None if it
+    does."""
+    tried = table.priority(problem.op, problem.device, problem.bits)
+    return {name: why_not(problem, name, elsewhere) for name in tried}
 
 
 def moe_hip() -> str:
@@ -68,13 +67,30 @@ def moe_hip() -> str:
     return value
 
 
-def _why_not(problem: Problem | MoeProblem, name: str, elsewhere: bool) -> str | None:
+def why_not(problem: Problem | MoeProblem, name: str, elsewhere: bool = False) -> str | None:
+    """Why this kernel does not compute the problem, as a sentence; None if it does."""
     if problem.op == "moe" and name == "hip" and moe_hip() == "0":
         return f"It is switched off: {MOE_HIP} is 0."
-    known = kernels.KERNELS[problem.op]
+    known = table.rows(problem.op)
     if name not in known:
         return f"There is no such kernel for {problem.op}; its kernels are {', '.join(sorted(known))}."
+    if (reason := _not_by_the_op(problem, known[name])) is not None:
+        return reason
     if not elsewhere and (reason := kernels.why_unusable(problem.op, name)) is not None:
         return reason
     rejected: str | None = kernels.load_for(problem.op, name).reject(problem)
     return rejected
+
+
+def _not_by_the_op(problem: Problem | MoeProblem, row: table.Row) -> str | None:
+    """What no kernel could do, as the op has no argument for it, and kernels are not asked about."""
+    if problem.bits != row.bits:
+        return f"The kernel takes codes of {row.bits} bits, the weights have {problem.bits}."
+    if isinstance(problem, MoeProblem):
+        if problem.w2.bits != problem.w13.bits:
+            return f"Both projections must have codes of the same bits, not {problem.w13.bits} and {problem.w2.bits}."
+        if problem.w13.order or problem.w2.order:
+            return "The experts' columns are stored permuted (act-order), and w4a16::moe takes no order."
+        if problem.batched:
+            return "Tokens come batched by expert, [E, tokens, H]; w4a16::moe takes [T, H] and ids."
+    return None
