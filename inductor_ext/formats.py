@@ -1,9 +1,9 @@
-"""The canonical form of int4 weights, and the one table of bit orders and zero conventions from which every conversion
-is derived.
+"""The canonical forms of int4 and int8 weights, and the one table of bit orders and zero conventions from which every
+conversion is derived.
 
-Vocabulary: a *code* is a stored 4-bit value (0..15), a *word* the integer that holds several codes, a *group* a run of
-K that shares one scale and one zero. Codes are numbered within a word from the low bits up, as in compressed-tensors,
-GPTQ and AWQ checkpoints.
+Vocabulary: a *code* is a stored value of 4 bits (0..15) or 8, a *word* the integer that holds several codes, a *group*
+a run of K that shares one scale and one zero. Codes are numbered within a word from the low bits up, as in
+compressed-tensors, GPTQ and AWQ checkpoints.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,9 +21,64 @@ if sys.byteorder != "little":
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedInt4:
-    """A weight [N, K] in the canonical form: ``W[n, k] = (code[n, p] - zero[n, p // G]) * scale[n, p // G]`` with ``p =
-    order[k]``.
+class PackedInt:
+    """A weight [N, K] of integer codes in groups: ``W[n, k] = (code[n, p] - zero[n, p // G]) * scale[n, p // G]`` with
+    ``p = order[k]``. ``PackedInt4`` and ``PackedInt8`` say what the tensors are."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    order: Tensor | None = None
+
+    ZERO: ClassVar[int]
+    """Where there are no zeros."""
+
+    @property
+    def N(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def K(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def group_size(self) -> int:
+        return self.K // self.scales.shape[1]
+
+    def blocks(self, elements: int = 1 << 22) -> Iterator[tuple[slice, Self]]:
+        """The weight cut by rows, as views; about so many elements each.
+
+        By default large enough that the threads of an operation seldom have to wait for each other (on a busy machine
+        each wait costs milliseconds), small enough that temporaries stay at a few MB.
+        """
+        step = max(1, elements // self.K)
+        for start in range(0, self.N, step):
+            rows = slice(start, start + step)
+            zeros = None if self.zeros is None else self.zeros[rows]
+            yield rows, type(self)(self.codes[rows], self.scales[rows], zeros, self.order)
+
+    def stored_codes(self) -> Tensor:
+        """uint8 [N, K]: the codes in storage order."""
+        raise NotImplementedError
+
+    def logical(self, stored: Tensor) -> Tensor:
+        """A [N, K] tensor in storage order, brought into logical order."""
+        return stored if self.order is None else stored.index_select(1, self.order.long())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K] in ``dtype``: the exact value in float32 (float64 if asked for), rounded once."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if self.scales.dtype == dtype and (self.zeros is None or not self.zeros.is_floating_point()):
+            wide = dtype  # which holds integers up to 256 and rounds their product with a scale once
+        q = self.stored_codes().view(self.N, -1, self.group_size).to(wide)
+        q.sub_(self.ZERO if self.zeros is None else self.zeros.to(wide).unsqueeze(-1))
+        q.mul_(self.scales.to(wide).unsqueeze(-1))
+        return self.logical(q.view(self.N, self.K)).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInt4(PackedInt):
+    """The canonical form of int4 weights.
 
     codes: int32 [N, K/8], nibble i (bits 4i..4i+3) of word j is the code at p = 8j + i: the compressed-tensors
     checkpoint as it is.
@@ -33,55 +89,38 @@ class PackedInt4:
     contiguous).
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None = None
-    order: Tensor | None = None
-
-    @property
-    def N(self) -> int:
-        return self.codes.shape[0]
+    ZERO = 8
 
     @property
     def K(self) -> int:
         return self.codes.shape[1] * 8
 
-    @property
-    def group_size(self) -> int:
-        return self.K // self.scales.shape[1]
-
-    def blocks(self, elements: int = 1 << 22) -> Iterator[tuple[slice, PackedInt4]]:
-        """The weight cut by rows, as views; about so many elements each.
-
-        By default large enough that the threads of an operation seldom have to wait for each other (on a busy machine
-        each wait costs milliseconds), small enough that temporaries stay at a few MB.
-        """
-        step = max(1, elements // self.K)
-        for start in range(0, self.N, step):
-            rows = slice(start, start + step)
-            yield (
-                rows,
-                PackedInt4(
-                    self.codes[rows], self.scales[rows], None if self.zeros is None else self.zeros[rows], self.order
-                ),
-            )
-
     def stored_codes(self) -> Tensor:
-        """uint8 [N, K]: the codes in storage order."""
         return SEQUENTIAL.unpack(self.codes, 1, self.N, self.K)
 
-    def logical(self, stored: Tensor) -> Tensor:
-        """A [N, K] tensor in storage order, brought into logical order."""
-        return stored if self.order is None else stored.index_select(1, self.order.long())
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K] in ``dtype``: the exact value in float32 (float64 if asked for), rounded once."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        if self.scales.dtype == dtype and (self.zeros is None or not self.zeros.is_floating_point()):
-            wide = dtype  # which holds the small integers and rounds their product with a scale once
-        q = self.stored_codes().view(self.N, -1, self.group_size).to(wide)
-        q.sub_(8 if self.zeros is None else self.zeros.to(wide).unsqueeze(-1)).mul_(self.scales.to(wide).unsqueeze(-1))
-        return self.logical(q.view(self.N, self.K)).to(dtype)
+@dataclasses.dataclass(frozen=True)
+class PackedInt8(PackedInt):
+    """The canonical form of int8 weights.
+
+    codes: uint8 [N, K], the code at p: the bytes of the compressed-tensors checkpoint's words [N, K/4], as they are.
+    scales and order: as ``PackedInt4``.
+    zeros: None (every zero is 128), int16 [N, K/G] holding 0..256 (GPTQ's stored + 1), or a float tensor [N, K/G].
+    """
+
+    ZERO = 128
+
+    @property
+    def K(self) -> int:
+        return self.codes.shape[1]
+
+    def stored_codes(self) -> Tensor:
+        return self.codes
+
+
+def packed_int(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, order: Tensor | None = None) -> PackedInt:
+    """The canonical form that these tensors are: codes of 8 bits are bytes, of 4 bits words."""
+    return (PackedInt8 if codes.dtype == torch.uint8 else PackedInt4)(codes, scales, zeros, order)
 
 
 @dataclasses.dataclass(frozen=True)

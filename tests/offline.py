@@ -151,6 +151,7 @@ class Recorder:
 
 _TYPES = {
     torch.float16: "fp16",
+    torch.uint8: "u8",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int16: "i16",

@@ -117,11 +117,11 @@ def test_an_unknown_name_lists_the_known_ones(problem: Problem | MoeProblem) -> 
 
 def test_a_name_of_another_op_lists_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "TABLE", (*table.TABLE, table.Row("linear", "only", "", ("cpu",), "CPU")))
-    with pytest.raises(ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, .*triton\."):
+    with pytest.raises(ValueError, match=r"There is no kernel 'only' for moe; its kernels are cpu, .*triton"):
         kernels.load_for("moe", "only")
 
 
-@pytest.mark.parametrize("bits", sorted({row.bits for row in table.TABLE}))
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("op", table.ops())
 def test_every_list_ends_with_a_kernel_that_runs_everywhere(op: str, bits: int) -> None:
     for device in ("cpu", "cuda", "xpu", "mps", "unheard-of"):

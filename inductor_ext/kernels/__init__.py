@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import PackedInt
 from inductor_ext.kernels import table
 
 
@@ -175,10 +175,10 @@ class Kernel(Protocol):
     def reject(self, problem: Problem) -> str | None:
         """Why the kernel cannot compute this problem, as a sentence; None if it can."""
 
-    def pack(self, canonical: PackedInt4) -> Packed:
+    def pack(self, canonical: PackedInt) -> Packed:
         """The kernel's layout of a weight. Tensors that need no change are passed through, not copied."""
 
-    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedInt:
         """The inverse of pack, without loss, for a weight [N, K]."""
 
     def layout(self, packed: Packed, N: int, K: int, group_size: int) -> Layout:
@@ -216,11 +216,11 @@ class MoeKernel(Protocol):
     def reject(self, problem: MoeProblem) -> str | None:
         """As Kernel.reject."""
 
-    def pack(self, canonical: PackedInt4, experts: int) -> Packed:
+    def pack(self, canonical: PackedInt, experts: int) -> Packed:
         """The kernel's layout of one projection. ``canonical`` has the rows of all experts, one expert after the other:
         codes [E*N, K/8]."""
 
-    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedInt:
         """The inverse of pack, without loss, for weights [E, N, K]."""
 
     def layout(self, packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:

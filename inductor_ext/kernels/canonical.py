@@ -1,36 +1,37 @@
-"""The canonical form as a kernel's layout: what kernels that read checkpoints as they are share."""
+"""The canonical forms as a kernel's layout: what kernels that read checkpoints as they are share."""
 
 from __future__ import annotations
 
 import torch
 
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import PackedInt, packed_int
 from inductor_ext.kernels import Expected, Layout, Packed
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def pack(weight: PackedInt4) -> Packed:
+def pack(weight: PackedInt) -> Packed:
     return Packed(weight.codes, weight.scales, weight.zeros, weight.order)
 
 
-def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
-    return PackedInt4(packed.qweight, packed.scales, packed.zeros, packed.order)
+def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt:
+    return packed_int(packed.qweight, packed.scales, packed.zeros, packed.order)
 
 
 def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
-    if K % 8 != 0:
+    bytes_ = packed.qweight.dtype == torch.uint8
+    if not bytes_ and K % 8 != 0:
         raise ValueError(f"K must be a multiple of 8, it is {K}.")
     groups = (N, K // group_size)
     return Layout(
-        Expected((N, K // 8), (torch.int32,)),
+        Expected((N, K), (torch.uint8,)) if bytes_ else Expected((N, K // 8), (torch.int32,)),
         Expected(groups, _FLOATS),
-        Expected(groups, (torch.uint8, *_FLOATS)),
+        Expected(groups, (torch.int16 if bytes_ else torch.uint8, *_FLOATS)),
         Expected((K,), (torch.int32,)),
     )
 
 
-def pack_experts(weight: PackedInt4, experts: int) -> Packed:
+def pack_experts(weight: PackedInt, experts: int) -> Packed:
     def split(t: torch.Tensor) -> torch.Tensor:
         return t.view(experts, t.shape[0] // experts, t.shape[1])
 
@@ -39,9 +40,9 @@ def pack_experts(weight: PackedInt4, experts: int) -> Packed:
     )
 
 
-def unpack_experts(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
+def unpack_experts(packed: Packed, N: int, K: int, group_size: int) -> PackedInt:
     zeros = None if packed.zeros is None else packed.zeros.flatten(0, 1)
-    return PackedInt4(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), zeros)
+    return packed_int(packed.qweight.flatten(0, 1), packed.scales.flatten(0, 1), zeros)
 
 
 def layout_experts(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import PackedInt, packed_int
 from inductor_ext.kernels import Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.rows import rows
 from inductor_ext.ops.align import moe_align_block_size
@@ -151,7 +151,7 @@ class Experts(NamedTuple):
             return None if t is None else t.index_select(0, row)[0]
 
         w13, w2 = (
-            PackedInt4(w.qweight.index_select(0, row)[0], w.scales.index_select(0, row)[0], chosen(w.zeros))
+            packed_int(w.qweight.index_select(0, row)[0], w.scales.index_select(0, row)[0], chosen(w.zeros))
             for w in (self.w13, self.w2)
         )
         return Expert(w13, w2, chosen(self.w13_bias), chosen(self.w2_bias), self.mlp)
@@ -160,8 +160,8 @@ class Experts(NamedTuple):
 class Expert(NamedTuple):
     """One expert's MLP in float32, for rows x [B, H] with the router's weights [B, 1]."""
 
-    w13: PackedInt4
-    w2: PackedInt4
+    w13: PackedInt
+    w2: PackedInt
     w13_bias: Tensor | None
     w2_bias: Tensor | None
     mlp: Mlp
@@ -184,7 +184,7 @@ class Expert(NamedTuple):
         return grad_in, (grad * y).sum(1, keepdim=True)
 
 
-def _times(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> Tensor:
+def _times(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
     """x @ W^T + bias; the dequantised weight never exists as a whole."""
     out = torch.empty(x.shape[0], weight.N, dtype=torch.float32, device=x.device)
     for some, block in weight.blocks():
@@ -192,7 +192,7 @@ def _times(x: Tensor, weight: PackedInt4, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _back(grad: Tensor, weight: PackedInt4) -> Tensor:
+def _back(grad: Tensor, weight: PackedInt) -> Tensor:
     """grad @ W."""
     out = torch.zeros(grad.shape[0], weight.K, dtype=torch.float32, device=grad.device)
     for some, block in weight.blocks():

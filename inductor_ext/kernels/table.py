@@ -20,8 +20,8 @@ class Row(NamedTuple):
     """The torch device types on which it is tried, or EVERYWHERE."""
     backend: str
     """What the field's WNA16 oracle calls it (``oracle/wna16.py``)."""
-    bits: int = 4
-    """Of a code."""
+    bits: tuple[int, ...] = (4,)
+    """Of the codes that it takes."""
     package: str = ""
     """What must be installed beside this package."""
 
@@ -31,11 +31,13 @@ TABLE: tuple[Row, ...] = (
     Row("linear", "cpu", "inductor_ext.kernels.cpu", ("cpu",), "CPU"),
     Row("linear", "hip", "inductor_ext.kernels.hip.linear", ("cuda",), "RDNA3"),
     Row("linear", "triton", "inductor_ext.kernels.gpu.linear", ("cuda",), "TRITON"),
-    Row("linear", "reference", "inductor_ext.kernels.reference", EVERYWHERE, "EMULATION"),
+    Row("linear", "triton_int8", "inductor_ext.kernels.gpu.linear_int8", ("cuda",), "TRITON", bits=(8,)),
+    Row("linear", "reference", "inductor_ext.kernels.reference", EVERYWHERE, "EMULATION", bits=(4, 8)),
     Row("moe", "cpu", "inductor_ext.kernels.cpu_moe", ("cpu",), "CPU"),
     Row("moe", "hip", "inductor_ext.kernels.hip.experts", ("cuda",), "RDNA3"),
     Row("moe", "triton", "inductor_ext.kernels.gpu.experts", ("cuda",), "TRITON"),
-    Row("moe", "reference", "inductor_ext.kernels.reference_moe", EVERYWHERE, "EMULATION"),
+    Row("moe", "triton_int8", "inductor_ext.kernels.gpu.experts_int8", ("cuda",), "TRITON", bits=(8,)),
+    Row("moe", "reference", "inductor_ext.kernels.reference_moe", EVERYWHERE, "EMULATION", bits=(4, 8)),
 )
 
 
@@ -55,5 +57,5 @@ def names() -> tuple[str, ...]:
 
 def priority(op: str, device: str, bits: int = 4) -> tuple[str, ...]:
     """The kernels that are tried on a device type, the first first. One runs everywhere."""
-    found = (row for row in TABLE if (row.op, row.bits) == (op, bits))
+    found = (row for row in TABLE if row.op == op and bits in row.bits)
     return tuple(row.name for row in found if row.devices == EVERYWHERE or device in row.devices)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from inductor_ext import kernels
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import PackedInt
 from inductor_ext.kernels import Packed
 
 LIB = torch.library.Library("w4a16", "FRAGMENT")
 
 # -- schema ------------------------------------------------------------------------------------------------------------
 # x [..., K] float16 | bfloat16 | float32; qweight, scales, zeros, order: the layout of `kernel` (for "cpu" and
-# "reference" the canonical form, see formats.PackedInt4); bias [N]; out_features = N. Returns [..., N] in x's dtype,
-# accumulated in float32, rounded once.
+# "reference" the canonical form, see formats.PackedInt4; "reference" and "triton_int8" take formats.PackedInt8 too);
+# bias [N]; out_features = N. Returns [..., N] in x's dtype, accumulated in float32, rounded once.
 LIB.define(
     "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, "
     'int out_features, int group_size, str kernel="reference") -> Tensor',
@@ -151,7 +151,7 @@ def _linear_grad_x(
 ) -> Tensor:
     packed = Packed(qweight, scales, zeros, order)
     _check_grad(grad, packed, in_features, group_size, kernel)
-    weight: PackedInt4 = kernels.load(kernel).unpack(packed, grad.shape[-1], in_features, group_size)
+    weight: PackedInt = kernels.load(kernel).unpack(packed, grad.shape[-1], in_features, group_size)
     rows = grad.reshape(-1, grad.shape[-1]).float()
     out = torch.zeros(rows.shape[0], in_features, dtype=torch.float32, device=grad.device)
     for some, block in weight.blocks():

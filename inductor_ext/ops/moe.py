@@ -19,6 +19,7 @@ from inductor_ext.ops.linear import LIB
 # of `kernel`. For "cpu" and "reference" that is the canonical form (see formats.PackedInt4) with E in front:
 #   w13_qweight int32 [E, R, H/8], w13_scales and w13_zeros [E, R, H / w13_group_size], R = 2 I, or I without a gate;
 #   w2_qweight int32 [E, H, I/8], w2_scales and w2_zeros [E, H, I / w2_group_size].
+# "reference" and "triton_int8" take weights of 8 bits, too: the canonical form of formats.PackedInt8, E in front.
 # Biases w13_bias [E, R], w2_bias [E, H] in x's dtype or float32; I = intermediate_size. expert_map int32
 # [global_num_experts]: id -> row of the weights or -1; without it ids are rows, and global_num_experts -1 means E.
 # What is computed with h = W13 x + b13 is said in kernels.Mlp. An id of -1, or mapped to -1, contributes exactly

@@ -84,8 +84,8 @@ def why_not(problem: Problem | MoeProblem, name: str, elsewhere: bool = False) -
 
 def _not_by_the_op(problem: Problem | MoeProblem, row: table.Row) -> str | None:
     """What no kernel could do, as the op has no argument for it, and kernels are not asked about."""
-    if problem.bits != row.bits:
-        return f"The kernel takes codes of {row.bits} bits, the weights have {problem.bits}."
+    if problem.bits not in row.bits:
+        return f"The kernel takes codes of {' or '.join(map(str, row.bits))} bits, the weights have {problem.bits}."
     if isinstance(problem, MoeProblem):
         if problem.w2.bits != problem.w13.bits:
             return f"Both projections must have codes of the same bits, not {problem.w13.bits} and {problem.w2.bits}."
