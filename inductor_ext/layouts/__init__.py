@@ -1,5 +1,8 @@
-"""Int4 weights in the layouts of other people's kernels: a module each, with ``pack``, from the canonical form, and
-``unpack``, its inverse.
+"""Int4 and int8 weights in the layouts of other people's checkpoints and kernels: a module each, with ``pack``, from
+the canonical form, and ``unpack``, its inverse.
+
+    gptq         checkpoints of GPTQ and compressed-tensors
+    awq          checkpoints of AWQ
 
     marlin       GPTQ, AWQ and compressed-tensors on NVIDIA GPUs (vLLM)
     flashinfer   FlashInfer's experts from TensorRT-LLM, MXINT4

@@ -1,5 +1,5 @@
 """Weights changed in shape, not in value, so that a layout can hold them: finer groups, filling up with zeros, shares
-for tensor parallelism, columns put in order."""
+for tensor parallelism, a rank's own experts, columns put in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inductor_ext.formats import SEQUENTIAL
-from inductor_ext.layouts.experts import Experts, need, none
+from inductor_ext.layouts.experts import Experts, need, none, shape
 
 
 def finer(weight: Experts, group_size: int) -> Experts:
@@ -51,12 +51,13 @@ def columns(weight: Experts, rank: int, of: int) -> Experts:
     """
     _check_rank(rank, of)
     none(weight, "order")  # a rank's part of x would be spread over the stored columns of all
-    need(weight.K % (of * 8) == 0, "K", f"a multiple of {of * 8} for {of} ranks", weight.K)
+    per = weight.per_element
+    need(weight.K % (of * per) == 0, "K", f"a multiple of {of * per} for {of} ranks", weight.K)
     share = weight.K // of
     weight = finer(weight, math.gcd(weight.group_size, share))
     groups = slice(rank * share // weight.group_size, (rank + 1) * share // weight.group_size)
     return Experts(
-        weight.codes[:, :, rank * share // 8 : (rank + 1) * share // 8].contiguous(),
+        weight.codes[:, :, rank * share // per : (rank + 1) * share // per].contiguous(),
         weight.scales[:, :, groups].contiguous(),
         None if weight.zeros is None else weight.zeros[:, :, groups].contiguous(),
         bias=weight.bias if rank == 0 else None,
@@ -68,27 +69,45 @@ def _check_rank(rank: int, of: int) -> None:
     need(0 <= rank < of, "rank", f"within 0..{of - 1}", rank)
 
 
+def local(weight: Experts, expert_map: Tensor) -> Experts:
+    """The experts that are here: expert_map, integers [E], says which row each becomes, or -1."""
+    need(expert_map.shape == (weight.E,), "expert_map", f"[{weight.E}]", shape(expert_map))
+    here = (expert_map >= 0).nonzero().flatten()
+    rows = expert_map[here].long()
+    each = torch.equal(rows.sort().values, torch.arange(here.numel(), device=rows.device))
+    need(here.numel() > 0 and each, "expert_map", "each of 0..(number here - 1) once, and -1", "others")
+    chosen = here[rows.argsort()].to(weight.codes.device)
+
+    def pick(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.index_select(0, chosen)
+
+    codes, scales = weight.codes.index_select(0, chosen), weight.scales.index_select(0, chosen)
+    return Experts(codes, scales, pick(weight.zeros), pick(weight.order), pick(weight.bias))
+
+
 def filled(weight: Experts, N: int, K: int, parts: int = 1) -> Experts:
     """The weight with rows and columns added that are exactly 0, up to these sizes.
 
-    New rows and new groups have code and zero 8 and scale 0. ``parts``: the rows are so many halves (gate and up), each
-    filled up by itself. A single group for all of K takes new columns in; groups are whole otherwise.
+    New rows and new groups have code and zero 8 (of 8 bits, 128) and scale 0. ``parts``: the rows are so many halves
+    (gate and up), each filled up by itself. A single group for all of K takes new columns in; groups are whole
+    otherwise.
     """
     G, more = weight.group_size, K - weight.K
     need(N >= weight.N and N % parts == 0 == weight.N % parts, "N", f"at least {weight.N}, in {parts} equal parts", N)
-    need(more >= 0 and K % 8 == 0, "K", f"a multiple of 8, at least {weight.K}", K)
+    per, constant = weight.per_element, 8 if weight.bits == 4 else 128
+    need(more >= 0 and K % per == 0, "K", f"a multiple of {per}, at least {weight.K}", K)
     whole = weight.scales.shape[2] == 1 or more % G == 0
     need(whole, "K", f"{weight.K} and a multiple of the group size {G}", K)
     codes, scales, zeros, order = weight.codes, weight.scales, weight.zeros, weight.order
     if more > 0:
-        added = _eights(codes, more) if weight.scales.shape[2] > 1 else _zero_codes(weight, more)
+        added = _constant(codes, more // per) if weight.scales.shape[2] > 1 else _zero_codes(weight, more)
         codes = torch.cat((codes, added), 2)
         if order is not None:
             last = torch.arange(weight.K, K, dtype=torch.int32, device=order.device)
             order = torch.cat((order, last.expand(weight.E, more)), 1)
         if weight.scales.shape[2] > 1:
             scales = pad(scales, (0, more // G))
-            zeros = None if zeros is None else pad(zeros, (0, more // G), value=8)
+            zeros = None if zeros is None else pad(zeros, (0, more // G), value=constant)
     each = (N - weight.N) // parts
 
     def fill(t: Tensor, value: int) -> Tensor:
@@ -98,30 +117,33 @@ def filled(weight: Experts, N: int, K: int, parts: int = 1) -> Experts:
         return pad(t.unflatten(1, (parts, -1)), below, value=value).flatten(1, 2)
 
     return Experts(
-        fill(codes, _WORD),
+        fill(codes, _CONSTANT[codes.dtype]),
         fill(scales, 0),
-        None if zeros is None else fill(zeros, 8),
+        None if zeros is None else fill(zeros, constant),
         order,
         None if weight.bias is None else fill(weight.bias, 0),
     )
 
 
-_WORD = int(SEQUENTIAL.pack(torch.full((1, 8), 8), 1))
-"""Eight codes of 8."""
+_CONSTANT = {torch.int32: int(SEQUENTIAL.pack(torch.full((1, 8), 8), 1)), torch.uint8: 128}
+"""Codes that are the constant zero: eight of 4 bits, one of 8."""
 
 
-def _eights(codes: Tensor, more: int) -> Tensor:
-    return codes.new_full((*codes.shape[:2], more // 8), _WORD)
+def _constant(codes: Tensor, more: int) -> Tensor:
+    return codes.new_full((*codes.shape[:2], more), _CONSTANT[codes.dtype])
 
 
 def _zero_codes(weight: Experts, more: int) -> Tensor:
-    """Codes that are their row's zero, in words, for columns of the one group."""
+    """Codes that are their row's zero, as ``codes`` has them, for columns of the one group."""
     if weight.zeros is None:
-        return _eights(weight.codes, more)
+        return _constant(weight.codes, more // weight.per_element)
+    most = (1 << weight.bits) - 1
     zeros = weight.zeros.expand(weight.E, weight.N, more)
     codes = zeros.to(torch.uint8)
-    held = bool(((codes == zeros) & (codes <= 15)).all())
-    need(held, "zeros", "codes (integers within 0..15) where columns are added to their group", "others")
+    held = bool(((codes == zeros) & (zeros <= most)).all())
+    need(held, "zeros", f"codes (integers within 0..{most}) where columns are added to their group", "others")
+    if weight.bits == 8:
+        return codes
     return SEQUENTIAL.pack(codes.reshape(-1, more), 1).view(weight.E, weight.N, -1)
 
 
@@ -133,5 +155,6 @@ def in_order(weight: Experts) -> Experts:
     codes = torch.empty_like(weight.codes)
     for e in range(weight.E):
         one = weight.expert(e)
-        codes[e] = SEQUENTIAL.pack(one.logical(one.stored_codes()), 1)
+        logical = one.logical(one.stored_codes())
+        codes[e] = logical if weight.bits == 8 else SEQUENTIAL.pack(logical, 1)
     return dataclasses.replace(weight, codes=codes, order=None)

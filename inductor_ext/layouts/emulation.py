@@ -23,20 +23,29 @@ def pack(weight: Experts, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def unpack(
-    dense: Tensor, scales: Tensor, zeros: Tensor | None = None, order: Tensor | None = None, bias: Tensor | None = None
+    dense: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    order: Tensor | None = None,
+    bias: Tensor | None = None,
+    bits: int = 4,
 ) -> Experts:
-    """The weight that was dequantised. Raises ValueError if these values are not codes of such scales and zeros."""
+    """The weight that was dequantised. Raises ValueError if these values are not codes of such scales and zeros.
+
+    bfloat16 tells codes of 8 bits apart up to 128 steps from their zero, which symmetric ones are.
+    """
     E, N, K = dense.shape
-    words = torch.empty(E, N, K // 8, dtype=torch.int32, device=dense.device)
+    most = (1 << bits) - 1
+    codes = torch.empty(E, N, K, dtype=torch.uint8, device=dense.device)
     for e in range(E):
         stored = dense[e] if order is None else dense[e].index_select(1, order[e].argsort())
         steps = stored.float().unflatten(1, (scales.shape[2], -1)) / scales[e].float().unsqueeze(-1)
-        codes = (steps + (8 if zeros is None else zeros[e].float().unsqueeze(-1))).round().flatten(1)
-        need(
-            bool(((codes >= 0) & (codes <= 15)).all()),
-            "dense",
-            "codes 0..15 times scales other than 0",
-            "something else",
-        )
-        words[e] = SEQUENTIAL.pack(codes, 1)
+        constant = 1 << bits - 1
+        found = (steps + (constant if zeros is None else zeros[e].float().unsqueeze(-1))).round().flatten(1)
+        known = bool(((found >= 0) & (found <= most)).all())
+        need(known, "dense", f"codes 0..{most} times scales other than 0", "something else")
+        codes[e] = found
+    if bits == 8:
+        return Experts(codes, scales, zeros, order, bias)
+    words = SEQUENTIAL.pack(codes.flatten(0, 1), 1).view(E, N, -1)
     return Experts(words, scales, zeros, order, bias)

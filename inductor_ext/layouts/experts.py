@@ -7,17 +7,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import ZERO_CONVENTIONS, PackedInt4
+from inductor_ext.formats import ZERO_CONVENTIONS, PackedInt, packed_int
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Weights [N, K] of E experts in the canonical form: ``PackedInt4``, with E in front of each tensor. A dense layer
-    is one expert.
+    """Weights [N, K] of E experts in the canonical form: ``PackedInt4`` or ``PackedInt8``, with E in front of each
+    tensor. A dense layer is one expert.
 
-    codes: int32 [E, N, K/8]. scales: [E, N, K/G], float. zeros: None (every zero is 8), uint8 [E, N, K/G] holding
-    0..16, or float. order: None, or int32 [E, K]: expert e's logical k is stored at column order[e, k]. bias: None, or
-    float [E, N].
+    codes: int32 [E, N, K/8], or uint8 [E, N, K] of 8 bits. scales: [E, N, K/G], float. zeros: None (every zero is 8, or
+    128), uint8 [E, N, K/G] holding 0..16 (of 8 bits: int16 holding 0..256), or float. order: None, or int32 [E, K]:
+    expert e's logical k is stored at column order[e, k]. bias: None, or float [E, N].
     """
 
     codes: Tensor
@@ -27,8 +27,9 @@ class Experts:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        need(self.codes.dim() == 3, "codes", "int32 [E, N, K/8]", shape(self.codes))
-        need(self.codes.dtype == torch.int32, "codes", "int32 [E, N, K/8]", self.codes.dtype)
+        allowed = "int32 [E, N, K/8] or uint8 [E, N, K]"
+        need(self.codes.dim() == 3, "codes", allowed, shape(self.codes))
+        need(self.codes.dtype in (torch.int32, torch.uint8), "codes", allowed, self.codes.dtype)
         E, N, K = self.E, self.N, self.K
         groups = self.scales.shape[-1]
         need(
@@ -38,8 +39,9 @@ class Experts:
         need(groups > 0 and K % groups == 0, "scales", f"for groups that divide K={K}", f"for {groups} groups")
         if self.zeros is not None:
             need(self.zeros.shape == self.scales.shape, "zeros", shape(self.scales), shape(self.zeros))
-            known = self.zeros.dtype == torch.uint8 or self.zeros.is_floating_point()
-            need(known, "zeros", "uint8 or floats", self.zeros.dtype)
+            whole = torch.uint8 if self.bits == 4 else torch.int16
+            known = self.zeros.dtype == whole or self.zeros.is_floating_point()
+            need(known, "zeros", f"{str(whole).removeprefix('torch.')} or floats", self.zeros.dtype)
         if self.order is not None:
             need(self.order.shape == (E, K), "order", f"int32 [{E}, {K}]", shape(self.order))
             need(self.order.dtype == torch.int32, "order", f"int32 [{E}, {K}]", self.order.dtype)
@@ -56,24 +58,33 @@ class Experts:
 
     @property
     def K(self) -> int:
-        return self.codes.shape[2] * 8
+        return self.codes.shape[2] * self.per_element
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == torch.int32 else 8
+
+    @property
+    def per_element(self) -> int:
+        """How many codes an element of ``codes`` has."""
+        return 8 if self.bits == 4 else 1
 
     @property
     def group_size(self) -> int:
         return self.K // self.scales.shape[2]
 
-    def expert(self, e: int) -> PackedInt4:
+    def expert(self, e: int) -> PackedInt:
         zeros, order = (None if t is None else t[e] for t in (self.zeros, self.order))
-        return PackedInt4(self.codes[e], self.scales[e], zeros, order)
+        return packed_int(self.codes[e], self.scales[e], zeros, order)
 
-    def joined(self) -> PackedInt4:
+    def joined(self) -> PackedInt:
         """The rows of all experts, one expert after the other: what a kernel's ``pack`` takes. There is no order."""
         none(self, "order")
         zeros = None if self.zeros is None else self.zeros.flatten(0, 1)
-        return PackedInt4(self.codes.flatten(0, 1), self.scales.flatten(0, 1), zeros)
+        return packed_int(self.codes.flatten(0, 1), self.scales.flatten(0, 1), zeros)
 
 
-def parted(weight: PackedInt4, experts: int) -> Experts:
+def parted(weight: PackedInt, experts: int) -> Experts:
     """The rows of all experts as experts: the inverse of ``joined``."""
 
     def part(t: Tensor) -> Tensor:
@@ -102,6 +113,10 @@ def none(weight: Experts, *names: str) -> None:
         value = getattr(weight, name)
         if value is not None:
             raise ValueError(f"{name} must be None, for which alone the layout has a place; got {shape(value)}.")
+
+
+def four_bits(weight: Experts) -> None:
+    need(weight.bits == 4, "codes", "of 4 bits", "of 8")
 
 
 def scale_dtypes(weight: Experts, *dtypes: torch.dtype) -> None:

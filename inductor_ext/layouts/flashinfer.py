@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from inductor_ext.formats import CODE_BOOKS
-from inductor_ext.layouts.experts import Experts, need, none, scale_dtypes, tiles
+from inductor_ext.layouts.experts import Experts, four_bits, need, none, scale_dtypes, tiles
 
 GROUP = 32
+ROWS, COLUMNS = 128, 256
+"""Of a tile."""
 _SIGN = CODE_BOOKS["two's complement"][0]
 """A code differs from its signed nibble in this bit."""
 
@@ -37,10 +39,11 @@ class MxInt4(NamedTuple):
 def pack(weight: Experts, gated: bool) -> MxInt4:
     """``gated``: the weight is w13 with gate and up as halves."""
     E, N, K = weight.E, weight.N, weight.K
+    four_bits(weight)
     none(weight, "zeros", "order", "bias")
     need(weight.group_size == GROUP, "group size", f"{GROUP} (adjust.finer makes it so)", weight.group_size)
     scale_dtypes(weight, torch.bfloat16)
-    tiles(weight, 128, 256)
+    tiles(weight, ROWS, COLUMNS)
     # 16 int64 are 256 codes of a row.
     words = weight.codes.contiguous().view(torch.int64).view(E, N, K // 256, 16)
     weights = words.new_empty(E, K // 256, N, 16)

@@ -29,7 +29,7 @@ from torch import Tensor
 from inductor_ext.bits import from_tiles, to_tiles
 from inductor_ext.formats import EXLLAMA, MARLIN
 from inductor_ext.layouts import adjust
-from inductor_ext.layouts.experts import Experts, from_nibbles, need, scale_dtypes, tiles, to_nibbles
+from inductor_ext.layouts.experts import Experts, four_bits, from_nibbles, need, scale_dtypes, tiles, to_nibbles
 
 GROUPS = (32, 64, 128)
 
@@ -45,6 +45,7 @@ class Marlin(NamedTuple):
 
 def pack(weight: Experts) -> Marlin:
     E, N, K, G = weight.E, weight.N, weight.K, weight.group_size
+    four_bits(weight)
     tiles(weight, MARLIN.rows, MARLIN.columns)
     need(G in (*GROUPS, K), "group size", f"{', '.join(map(str, GROUPS))} or K={K}", G)
     scale_dtypes(weight, torch.float16, torch.bfloat16)

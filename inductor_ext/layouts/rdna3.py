@@ -14,7 +14,7 @@ from torch import Tensor
 from inductor_ext.formats import SEQUENTIAL
 from inductor_ext.kernels import Packed
 from inductor_ext.kernels.hip import experts, linear
-from inductor_ext.layouts.experts import Experts, from_nibbles, need, none, parted, scale_dtypes, to_nibbles
+from inductor_ext.layouts.experts import Experts, four_bits, from_nibbles, need, none, parted, scale_dtypes, to_nibbles
 
 _CONVENTION = "stored + 1"
 
@@ -26,6 +26,7 @@ class Rdna3(NamedTuple):
 
 
 def pack(weight: Experts) -> Rdna3:
+    four_bits(weight)
     none(weight, "order", "bias")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
     need(weight.N % 8 == 0, "N", "a multiple of 8 (adjust.filled makes it one)", weight.N)

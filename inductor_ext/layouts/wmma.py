@@ -13,10 +13,11 @@ import torch
 from inductor_ext.bits import reorder_
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL
 from inductor_ext.kernels.hip import linear, wmma
-from inductor_ext.layouts.experts import Experts, none, scale_dtypes, tiles
+from inductor_ext.layouts.experts import Experts, four_bits, none, scale_dtypes, tiles
 
 
 def pack(weight: Experts, arch: str) -> wmma.Weight:
+    four_bits(weight)
     none(weight, "zeros", "order", "bias")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
     tiles(weight, 64, 32)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from inductor_ext.layouts.experts import Experts, none, scale_dtypes
+from inductor_ext.layouts.experts import Experts, four_bits, none, scale_dtypes
 
 
 class Xpu(NamedTuple):
@@ -27,6 +27,7 @@ class Xpu(NamedTuple):
 
 def pack(weight: Experts) -> Xpu:
     little_endian()
+    four_bits(weight)
     none(weight, "zeros", "order")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
     return Xpu(weight.codes.contiguous().view(torch.uint8), weight.scales.contiguous(), weight.bias)

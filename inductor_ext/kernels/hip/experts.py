@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.bits import reorder_
-from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt, PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.hip import dot, linear, moe, objects, profile, routing, runtime, wmma
 
@@ -53,7 +53,7 @@ def reject(problem: MoeProblem) -> str | None:
     return None
 
 
-def pack(weight: PackedInt4, experts: int) -> Packed:
+def pack(weight: PackedInt, experts: int) -> Packed:
     N = weight.N // experts
     words = weight.codes.new_empty(experts, weight.K // 8, N)
     for to, codes in zip(words, weight.codes.view(experts, N, -1), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.bits import reorder_
-from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt4
+from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt
 from inductor_ext.kernels.gpu.workspace import counters
 from inductor_ext.kernels.hip import dot, runtime
 
@@ -85,7 +85,7 @@ class Act:
     limit: float = float("inf")
 
 
-def by_row(weight: PackedInt4, experts: int, arch: str) -> Weight:
+def by_row(weight: PackedInt, experts: int, arch: str) -> Weight:
     """The rows of all experts, one expert after the other, in the field's layout for its WMMA kernel, which knows no
     zeros but 8.
 
