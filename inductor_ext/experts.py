@@ -54,7 +54,7 @@ def _examine(site: Site, routed: Routed, trained: set[fx.Node], options: Options
         )
     dtype = computed_in(first)
     finding = routed.finding
-    w13, w2 = _weight(site, region, finding.w13), _weight(site, region, (finding.w2,))
+    w13, w2 = _weight(site, region, finding.w13, True), _weight(site, region, (finding.w2,), False)
     device = options.device or devices.of(w13.sources[0].device)
     problem = MoeProblem(
         device=device.type,
@@ -95,7 +95,7 @@ class _Part:
     case: verdicts.Case
 
 
-def _weight(site: Site, region: Region, rows: Sequence[CutRows]) -> Weight:
+def _weight(site: Site, region: Region, rows: Sequence[CutRows], w13: bool) -> Weight:
     """One projection of all experts, proved. Raises Refused."""
     parts: dict[fx.Node, _Part] = {}
     pieces: list[Piece] = []
@@ -116,7 +116,7 @@ def _weight(site: Site, region: Region, rows: Sequence[CutRows]) -> Weight:
 
     def recipe() -> ExpertRecipe:
         counts = tuple(len(case.sources) for case in cases)
-        return ExpertRecipe(tuple(case.recipe() for case in cases), counts, tuple(pieces), region.experts)
+        return ExpertRecipe(tuple(case.recipe() for case in cases), counts, tuple(pieces), region.experts, w13)
 
     made, entry = verdicts.settle(cases, recipe)
     return Weight(

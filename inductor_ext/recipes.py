@@ -66,10 +66,12 @@ class ExpertRecipe:
     """How many of the stored tensors belong to each part."""
     pieces: tuple[Piece, ...]
     experts: int
+    w13: bool
+    """Gate and up; else w2."""
 
     @functools.cached_property  # long, and looked up at every call
     def token(self) -> str:
-        return f"{[part.token for part in self.parts]} {self.pieces} {self.experts}"
+        return f"{[part.token for part in self.parts]} {self.pieces} {self.experts} {self.w13}"
 
     @property
     def codes(self) -> int:
@@ -95,7 +97,7 @@ class ExpertRecipe:
         return self._joined([part.canonical(some) for part, some in self._split(sources)])
 
     def pack(self, kernel: str, canonical: PackedInt4) -> Packed:
-        return kernels.load_moe(kernel).pack(canonical, self.experts)
+        return kernels.pack_experts(kernels.load_moe(kernel), canonical, self.experts, self.w13)
 
     def _split(self, sources: Sequence[Tensor]) -> list[tuple[Recipe, Sequence[Tensor]]]:
         ends = [sum(self.counts[: i + 1]) for i in range(len(self.counts))]

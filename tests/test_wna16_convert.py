@@ -297,7 +297,7 @@ def test_our_kernels_take_the_same_weights() -> None:
         convert_to_canonical(weight("asymmetric", E, n, k, 32, n, torch.float32), how) for n, k in ((2 * I, H), (H, I))
     )
     (kernel,) = backend_to_kernel_cls(WNA16MoEBackend.EMULATION)
-    tensors = [t for w in (w13, w2) for t in (*convert.packed_for(kernel, w)[:3], None)]
+    tensors = [t for w in (w13, w2) for t in (*convert.packed_for(kernel, w, w is w13)[:3], None)]
     x, weights, ids = torch.randn(3, H), torch.rand(3, 2), torch.tensor([[0, 1], [2, 3], [3, 1]])
     y = torch.ops.w4a16.moe(x, weights, ids, *tensors, None, I, 32, 32, kernel=kernel.NAME)
     a, b = values(w13)[ids], values(w2)[ids]

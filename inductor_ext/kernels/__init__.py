@@ -262,6 +262,20 @@ def load_moe(name: str) -> MoeKernel:
     return cast(MoeKernel, load_for("moe", name))
 
 
+def pack_experts(kernel: MoeKernel, canonical: PackedInt, experts: int, w13: bool) -> Packed:
+    """One projection in the kernel's layout. A kernel that has another layout for w13 has a ``pack_w13`` as well."""
+    pack = getattr(kernel, "pack_w13", kernel.pack) if w13 else kernel.pack
+    packed: Packed = pack(canonical, experts)
+    return packed
+
+
+def unpack_experts(kernel: MoeKernel, packed: Packed, N: int, K: int, group_size: int, w13: bool) -> PackedInt:
+    """The inverse, by ``unpack_w13`` likewise."""
+    unpack = getattr(kernel, "unpack_w13", kernel.unpack) if w13 else kernel.unpack
+    canonical: PackedInt = unpack(packed, N, K, group_size)
+    return canonical
+
+
 @functools.cache
 def load_for(op: str, name: str) -> Any:
     """The kernel module of this name for this op. Raises ValueError, naming the known ones, if there is none."""

@@ -24,20 +24,33 @@ class Row(NamedTuple):
     """Of the codes that it takes."""
     package: str = ""
     """What must be installed beside this package."""
+    batched: bool = False
+    """Takes tokens that come batched by expert."""
+
+
+_CUDA = ("cuda",)
+"""NVIDIA and AMD."""
+_MARLIN = "vLLM, sgl-kernel or GPTQModel"
+_OURS, _GPU, _OTHERS = "inductor_ext.kernels.", "inductor_ext.kernels.gpu.", "inductor_ext.kernels.external."
 
 
 TABLE: tuple[Row, ...] = (
     # The first is tried first, on each device.
-    Row("linear", "cpu", "inductor_ext.kernels.cpu", ("cpu",), "CPU"),
-    Row("linear", "hip", "inductor_ext.kernels.hip.linear", ("cuda",), "RDNA3"),
-    Row("linear", "triton", "inductor_ext.kernels.gpu.linear", ("cuda",), "TRITON"),
-    Row("linear", "triton_int8", "inductor_ext.kernels.gpu.linear_int8", ("cuda",), "TRITON", bits=(8,)),
-    Row("linear", "reference", "inductor_ext.kernels.reference", EVERYWHERE, "EMULATION", bits=(4, 8)),
-    Row("moe", "cpu", "inductor_ext.kernels.cpu_moe", ("cpu",), "CPU"),
-    Row("moe", "hip", "inductor_ext.kernels.hip.experts", ("cuda",), "RDNA3"),
-    Row("moe", "triton", "inductor_ext.kernels.gpu.experts", ("cuda",), "TRITON"),
-    Row("moe", "triton_int8", "inductor_ext.kernels.gpu.experts_int8", ("cuda",), "TRITON", bits=(8,)),
-    Row("moe", "reference", "inductor_ext.kernels.reference_moe", EVERYWHERE, "EMULATION", bits=(4, 8)),
+    Row("linear", "cpu", _OURS + "cpu", ("cpu",), "CPU"),
+    Row("linear", "hip", _OURS + "hip.linear", _CUDA, "RDNA3"),
+    Row("linear", "triton", _GPU + "linear", _CUDA, "TRITON"),
+    Row("linear", "triton_int8", _GPU + "linear_int8", _CUDA, "TRITON", bits=(8,)),
+    Row("linear", "marlin", _OTHERS + "marlin", _CUDA, "MARLIN", package=_MARLIN),
+    Row("linear", "reference", _OURS + "reference", EVERYWHERE, "EMULATION", bits=(4, 8)),
+    Row("moe", "cpu", _OURS + "cpu_moe", ("cpu",), "CPU"),
+    Row("moe", "hip", _OURS + "hip.experts", _CUDA, "RDNA3"),
+    Row("moe", "triton", _GPU + "experts", _CUDA, "TRITON"),
+    Row("moe", "triton_int8", _GPU + "experts_int8", _CUDA, "TRITON", bits=(8,)),
+    Row("moe", "flashinfer", _OTHERS + "flashinfer_moe", _CUDA, "FLASHINFER_TRTLLM", package="flashinfer"),
+    Row("moe", "marlin", _OTHERS + "marlin_moe", _CUDA, "MARLIN", package=_MARLIN),
+    Row("moe", "batched_marlin", _OTHERS + "batched_marlin", _CUDA, "BATCHED_MARLIN", package=_MARLIN, batched=True),
+    Row("moe", "xpu", _OTHERS + "xpu_moe", ("xpu",), "XPU", package="vllm_xpu_kernels"),
+    Row("moe", "reference", _OURS + "reference_moe", EVERYWHERE, "EMULATION", bits=(4, 8)),
 )
 
 

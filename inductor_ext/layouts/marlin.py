@@ -64,7 +64,7 @@ def pack(weight: Experts) -> Marlin:
         None if zeros is None else EXLLAMA.pack(_by_lane(zeros).flatten(0, 1), 1).view(E, K // G, N // 8),
         g_idx,
         sort_indices,
-        None if weight.bias is None else _by_lane(weight.bias, one_group=True),
+        None if weight.bias is None else by_result(weight.bias),
     )
 
 
@@ -96,6 +96,11 @@ def filled(w13: Experts, w2: Experts, parts: int = 2) -> tuple[Experts, Experts]
     unit = math.lcm(64, w2.group_size if w2.group_size < w2.K else 1)
     full = -(-size // unit) * unit
     return adjust.filled(w13, full * parts, w13.K, parts), adjust.filled(w2, w2.N, full)
+
+
+def by_result(values: Tensor) -> Tensor:
+    """[..., N] in the order in which the kernel adds values to its results."""
+    return _by_lane(values, one_group=True)
 
 
 def _by_lane(values: Tensor, one_group: bool = False) -> Tensor:

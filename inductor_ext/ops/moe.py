@@ -264,8 +264,13 @@ def _moe_grad(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kernel, reference = kernels.load_moe(call.kernel), kernels.load_moe("reference")
     E = call.w13_qweight.shape[0]
     H, I = x.shape[1], call.intermediate_size  # noqa: E741
-    w13 = reference.pack(kernel.unpack(call.w13, _rows13(call), H, call.w13_group_size), E)
-    w2 = reference.pack(kernel.unpack(call.w2, H, I, call.w2_group_size), E)
+    w13, w2 = (
+        reference.pack(kernels.unpack_experts(kernel, packed, N, K, group_size, is_w13), E)
+        for packed, N, K, group_size, is_w13 in (
+            (call.w13, _rows13(call), H, call.w13_group_size, True),
+            (call.w2, H, I, call.w2_group_size, False),
+        )
+    )
     experts = Experts(w13, w2, call.w13_bias, call.w2_bias, call.mlp)
     for_x, for_weights = gradient(grad, x, call.topk_weights.float().contiguous(), rows(_routing(call), E), experts)
     return for_x.to(x.dtype), for_weights.to(call.topk_weights.dtype)

@@ -95,9 +95,9 @@ def shared(
     return adjust.rows(w13, rank, of, parts=2), adjust.columns(w2, rank, of)
 
 
-def packed_for(kernel: kernels.MoeKernel, weight: Experts) -> kernels.Packed:
+def packed_for(kernel: kernels.MoeKernel, weight: Experts, w13: bool) -> kernels.Packed:
     """One projection as ``w4a16::moe`` takes it for this kernel."""
-    return kernel.pack(weight.joined(), weight.E)
+    return kernels.pack_experts(kernel, weight.joined(), weight.E, w13)
 
 
 # -- by backend --------------------------------------------------------------------------------------------------------

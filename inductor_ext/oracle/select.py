@@ -91,6 +91,6 @@ def _not_by_the_op(problem: Problem | MoeProblem, row: table.Row) -> str | None:
             return f"Both projections must have codes of the same bits, not {problem.w13.bits} and {problem.w2.bits}."
         if problem.w13.order or problem.w2.order:
             return "The experts' columns are stored permuted (act-order), and w4a16::moe takes no order."
-        if problem.batched:
+        if problem.batched and not row.batched:
             return "Tokens come batched by expert, [E, tokens, H]; w4a16::moe takes [T, H] and ids."
     return None
