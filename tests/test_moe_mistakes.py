@@ -55,7 +55,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "floating-point codes": ({"w13_qweight": ARGS["w13_qweight"].float()}, "w13_qweight must be int32"),
     "bytes for codes": (
         {"w2_qweight": ARGS["w2_qweight"].view(torch.uint8)},
-        "w2_qweight must be int32, it is ",
+        r"w2_qweight must be (int32, it is |\[4, 64, 32\], it is uint8)",  # bytes are codes of 8 bits
     ),
     "codes with strides": ({"w13_qweight": strided(ARGS["w13_qweight"])}, "w13_qweight must be contiguous"),
     "w2 of fewer experts": (

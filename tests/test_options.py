@@ -63,7 +63,7 @@ def test_a_value_of_the_wrong_type_is_named(options: dict[str, Any]) -> None:
 
 
 def test_an_unknown_kernel_lists_the_known_ones() -> None:
-    with pytest.raises(Exception, match=r"There is no kernel 'cup'; the kernels are cpu, hip, reference"):
+    with pytest.raises(Exception, match=r"There is no kernel 'cup'; the kernels are .*cpu, .*hip, .*reference"):
         run({"w4a16.kernel": "cup"})
 
 

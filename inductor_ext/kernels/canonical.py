@@ -19,16 +19,25 @@ def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt:
 
 
 def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
-    bytes_ = packed.qweight.dtype == torch.uint8
-    if not bytes_ and K % 8 != 0:
+    """Of 4 bits."""
+    if K % 8 != 0:
         raise ValueError(f"K must be a multiple of 8, it is {K}.")
+    return _layout(Expected((N, K // 8), (torch.int32,)), torch.uint8, N, K, group_size)
+
+
+def layout_int8(packed: Packed, N: int, K: int, group_size: int) -> Layout:
+    return _layout(Expected((N, K), (torch.uint8,)), torch.int16, N, K, group_size)
+
+
+def layout_of_either(packed: Packed, N: int, K: int, group_size: int) -> Layout:
+    """Bytes are codes of 8 bits."""
+    of = layout_int8 if packed.qweight.dtype == torch.uint8 else layout
+    return of(packed, N, K, group_size)
+
+
+def _layout(codes: Expected, zeros: torch.dtype, N: int, K: int, group_size: int) -> Layout:
     groups = (N, K // group_size)
-    return Layout(
-        Expected((N, K), (torch.uint8,)) if bytes_ else Expected((N, K // 8), (torch.int32,)),
-        Expected(groups, _FLOATS),
-        Expected(groups, (torch.int16 if bytes_ else torch.uint8, *_FLOATS)),
-        Expected((K,), (torch.int32,)),
-    )
+    return Layout(codes, Expected(groups, _FLOATS), Expected(groups, (zeros, *_FLOATS)), Expected((K,), (torch.int32,)))
 
 
 def pack_experts(weight: PackedInt, experts: int) -> Packed:

@@ -19,7 +19,7 @@ def reject(problem: Problem) -> str | None:
     return None
 
 
-pack, unpack, layout = canonical.pack, canonical.unpack, canonical.layout
+pack, unpack, layout = canonical.pack, canonical.unpack, canonical.layout_of_either
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:

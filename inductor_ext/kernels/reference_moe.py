@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_ext.formats import PackedInt, packed_int
-from inductor_ext.kernels import Mlp, MoeProblem, Packed, Routing, canonical
+from inductor_ext.kernels import Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.rows import rows
 from inductor_ext.ops.align import moe_align_block_size
 
@@ -35,7 +35,11 @@ def reject(problem: MoeProblem) -> str | None:
     return None
 
 
-pack, unpack, layout = canonical.pack_experts, canonical.unpack_experts, canonical.layout_experts
+pack, unpack = canonical.pack_experts, canonical.unpack_experts
+
+
+def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
+    return canonical.of_experts(E, canonical.layout_of_either(packed, N, K, group_size))
 
 
 def run(

@@ -42,7 +42,7 @@ pack, unpack = canonical.pack_experts, canonical.unpack_experts
 
 
 def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
-    return linear_int8.only_bytes(packed, K, group_size, canonical.layout_experts(packed, E, N, K, group_size))
+    return canonical.of_experts(E, linear_int8.layout(packed, N, K, group_size))
 
 
 def run(

@@ -39,17 +39,10 @@ pack, unpack = canonical.pack, canonical.unpack
 
 
 def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
-    return only_bytes(packed, K, group_size, canonical.layout(packed, N, K, group_size))
-
-
-def only_bytes(packed: Packed, K: int, group_size: int, found: Layout) -> Layout:
-    """The canonical layout, of which the kernel takes that of 8 bits and integer zeros. Raises ValueError."""
-    if packed.qweight.dtype != torch.uint8:
-        raise ValueError(f"qweight must be uint8, which codes of 8 bits are, not {packed.qweight.dtype}.")
     float_zeros = packed.zeros is not None and packed.zeros.is_floating_point()
     if (reason := why_not(K, group_size, "float" if float_zeros else "int")) is not None:
         raise ValueError(reason)
-    return found
+    return canonical.layout_int8(packed, N, K, group_size)
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
