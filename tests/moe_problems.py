@@ -105,7 +105,7 @@ class Experts:
         w13, w2 = (WeightKind(self.scale_dtype or self.dtype, G, self.zeros) for G in self.G)
         sizes = {"E": self.E, "top_k": 2, "H": self.H, "I": self.I}
         device = "cpu" if self.kernel in table.priority("moe", "cpu") else "cuda"  # which the CPU may stand in for
-        arch = "gfx1100" if self.kernel == "hip" else ""
+        arch = "gfx1100" if self.kernel in ("hip", "rdna3_wmma") else ""
         return MoeProblem(
             device, arch, self.dtype, **sizes, w13=w13, w2=w2, mlp=self.mlp, bias=self.bias, expert_map=self.mapped
         )

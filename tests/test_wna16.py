@@ -33,7 +33,18 @@ def refused(device: str, backend: str, config: MoEConfig = CONFIG, key: WeightKe
 
 
 @pytest.mark.parametrize(
-    ("device", "backend"), [("gfx1100", "RDNA3"), ("gfx1151", "RDNA3"), ("mi300x", "TRITON"), ("h100", "TRITON")]
+    ("device", "backend"),
+    [
+        ("gfx1100", "RDNA3"),
+        ("gfx1151", "RDNA3"),
+        ("gfx942", "TRITON"),
+        ("gfx950", "TRITON"),
+        ("sm_90", "TRITON"),
+        ("sm_100", "TRITON"),
+        ("xpu", "XPU"),
+        ("cpu", "CPU"),
+        ("t4", "EMULATION"),
+    ],
 )
 def test_what_is_selected_on_devices_that_are_not_here(device: str, backend: str) -> None:
     assert selected(device) == WNA16MoEBackend(backend)
@@ -76,6 +87,16 @@ def test_nothing_left_tells_every_reason() -> None:
     ("device", "backend", "changes", "key", "reason"),
     [
         ("h100", "rdna3", {}, {}, "runs on AMD GPUs, not on cuda (sm_90)"),
+        ("gfx1151", "rdna3_wmma", {}, {"symmetric": False}, "must be symmetric: the layout has no zeros"),
+        ("gfx1201", "rdna3_wmma", {}, {}, "needs the WMMA of RDNA 3 (gfx11); this is gfx1201"),
+        ("h100", "marlin", {}, {"group_size": 16}, "group size must be 32, 64, 128 or K=2048, not 16"),
+        ("mi300x", "marlin", {}, {}, "runs on NVIDIA GPUs, not on cuda (gfx942)"),
+        ("b200", "flashinfer_trtllm", {}, {"symmetric": False}, "must be symmetric: the layout has no zeros"),
+        ("b200", "flashinfer_trtllm", {"has_bias": True}, {}, "must be no bias"),
+        ("xpu", "xpu", {}, {"symmetric": False}, "must be symmetric: the layout has no zeros"),
+        ("h100", "batched_marlin", {}, {}, "takes tokens batched by expert"),
+        ("h100", "marlin", {}, {"bits": 8}, "takes codes of 4 bits, the weights have 8"),
+        ("h100", "cpu", {}, {"bits": 8}, "takes codes of 4 bits, the weights have 8"),
         ("mi300x", "rdna3", {}, {}, "needs the WMMA of RDNA 3 (gfx11); this is gfx942"),
         ("gfx1100", "rdna3", {}, {"scale_dtype": torch.float16}, "scales must have the activations' dtype"),
         ("gfx1100", "rdna3", {"in_dtype": torch.float32}, {}, "activations must be float16 or bfloat16"),
@@ -93,9 +114,19 @@ def test_why_a_backend_cannot(
     assert reason in refused(device, backend, replace(CONFIG, **changes), replace(KEY, **key))
 
 
-def test_batched_tokens_are_refused() -> None:
-    batched = SimpleNamespace(use_batched_activation_format=True)
-    assert "batched by expert" in refused("h100", "triton", replace(CONFIG, moe_parallel_config=batched))
+def test_batched_tokens_are_for_the_batched_backend() -> None:
+    batched = replace(CONFIG, moe_parallel_config=SimpleNamespace(use_batched_activation_format=True))
+    assert "batched by expert" in refused("h100", "triton", batched)
+    assert selected("h100", batched) == WNA16MoEBackend.BATCHED_MARLIN
+    with pytest.raises(oracle.NoKernel, match="batched_marlin: The kernel runs on NVIDIA GPUs"):
+        selected("mi300x", batched)
+
+
+def test_eight_bits() -> None:
+    key = WeightKey(8, 128)
+    assert selected("h100", key=key) == WNA16MoEBackend.TRITON
+    assert selected("cpu", key=key) == WNA16MoEBackend.EMULATION
+    assert wna16.get_priority_backends("mi300x", bits=8) == [WNA16MoEBackend.TRITON, WNA16MoEBackend.EMULATION]
 
 
 def test_the_problem_of_a_layer() -> None:

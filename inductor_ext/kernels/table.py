@@ -46,6 +46,7 @@ TABLE: tuple[Row, ...] = (
     Row("moe", "hip", _OURS + "hip.experts", _CUDA, "RDNA3"),
     Row("moe", "triton", _GPU + "experts", _CUDA, "TRITON"),
     Row("moe", "triton_int8", _GPU + "experts_int8", _CUDA, "TRITON", bits=(8,)),
+    Row("moe", "rdna3_wmma", _OURS + "hip.by_row", _CUDA, "RDNA3_WMMA"),
     Row("moe", "flashinfer", _OTHERS + "flashinfer_moe", _CUDA, "FLASHINFER_TRTLLM", package="flashinfer"),
     Row("moe", "marlin", _OTHERS + "marlin_moe", _CUDA, "MARLIN", package=_MARLIN),
     Row("moe", "batched_marlin", _OTHERS + "batched_marlin", _CUDA, "BATCHED_MARLIN", package=_MARLIN, batched=True),

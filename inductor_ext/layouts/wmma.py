@@ -15,12 +15,15 @@ from inductor_ext.formats import EXLLAMA, SEQUENTIAL
 from inductor_ext.kernels.hip import linear, wmma
 from inductor_ext.layouts.experts import Experts, four_bits, none, scale_dtypes, tiles
 
+ROWS, COLUMNS = 64, 32
+"""What N and K are multiples of."""
+
 
 def pack(weight: Experts, arch: str) -> wmma.Weight:
     four_bits(weight)
     none(weight, "zeros", "order", "bias")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
-    tiles(weight, 64, 32)
+    tiles(weight, ROWS, COLUMNS)
     if (reason := linear.why_not(weight.N, weight.K, weight.group_size)) is not None:
         raise ValueError(reason)
     return wmma.by_row(weight.joined(), weight.E, arch)

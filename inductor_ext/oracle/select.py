@@ -69,7 +69,7 @@ def moe_hip() -> str:
 
 def why_not(problem: Problem | MoeProblem, name: str, elsewhere: bool = False) -> str | None:
     """Why this kernel does not compute the problem, as a sentence; None if it does."""
-    if problem.op == "moe" and name == "hip" and moe_hip() == "0":
+    if problem.op == "moe" and name in ("hip", "rdna3_wmma") and moe_hip() == "0":
         return f"It is switched off: {MOE_HIP} is 0."
     known = table.rows(problem.op)
     if name not in known:

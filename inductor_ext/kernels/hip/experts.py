@@ -102,6 +102,21 @@ def run(
     intermediate_size: int,
     group_sizes: tuple[int, int],
 ) -> Tensor:
+    require(x, routing, w13, w2, intermediate_size)
+    slots = routing.topk_ids.numel()
+    if slots == 0:
+        return torch.zeros_like(x)
+    routing = contiguous(routing)
+    few = w13_bias is None and w2_bias is None and slots <= 8 * routing.number
+    with profile.scope(x, routing, w13, w2, group_sizes, height(slots, routing.number, few)):
+        if few:
+            return _few(x, routing, w13, w2, mlp, intermediate_size)
+        first, second = wmma.Weight(*_tensors(w13), w13_bias), wmma.Weight(*_tensors(w2), w2_bias)
+        return many(x, routing, first, second, mlp, intermediate_size, height(slots, routing.number, False))
+
+
+def require(x: Tensor, routing: Routing, w13: Packed, w2: Packed, intermediate_size: int) -> None:
+    """An op may be called with a kernel's name by hand, too. Raises RuntimeError."""
     if not x.dtype == w13.scales.dtype == w2.scales.dtype:
         raise RuntimeError(
             f"The HIP kernels take x in the scales' dtype; x is {x.dtype}, the scales are {w13.scales.dtype} and"
@@ -113,16 +128,13 @@ def run(
             f"x {list(x.shape)} and what its {slots} choices become between the projections must each have less than"
             " 4 GiB; split the tokens."
         )
-    if slots == 0:
-        return torch.zeros_like(x)
-    routing = routing._replace(
+
+
+def contiguous(routing: Routing) -> Routing:
+    """As the kernels read it."""
+    return routing._replace(
         topk_ids=routing.topk_ids.contiguous(), topk_weights=routing.topk_weights.float().contiguous()
     )
-    few = w13_bias is None and w2_bias is None and slots <= 8 * routing.number
-    with profile.scope(x, routing, w13, w2, group_sizes, height(slots, routing.number, few)):
-        if few:
-            return _few(x, routing, w13, w2, mlp, intermediate_size)
-        return _many(x, routing, w13, w2, w13_bias, w2_bias, mlp, intermediate_size)
 
 
 def height(slots: int, experts: int, few: bool) -> int:
@@ -148,18 +160,18 @@ def _few(x: Tensor, routed: Routing, w13: Packed, w2: Packed, mlp: Mlp, I: int) 
     return out
 
 
-def _many(
+def many(
     x: Tensor,
     routed: Routing,
-    w13: Packed,
-    w2: Packed,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
+    w13: wmma.Weight,
+    w2: wmma.Weight,
     mlp: Mlp,
     I: int,  # noqa: E741
+    height: int,
 ) -> Tensor:
-    k, E, slots = routed.topk_ids.shape[1], w13.qweight.shape[0], routed.topk_ids.numel()
-    blocks = routing.route(routed, E, height(slots, routed.number, False))
+    """By WMMA, in blocks of so many slots."""
+    k, E, slots = routed.topk_ids.shape[1], w13.words.shape[0], routed.topk_ids.numel()
+    blocks = routing.route(routed, E, height)
     weights = routed.topk_weights.view(-1)
     before, behind = wmma.Weigh.NOTHING, wmma.Weigh.RESULT
     if mlp.apply_router_weight_on_input:
@@ -169,7 +181,7 @@ def _many(
     alpha, limit = routing.steepness(mlp)
     wmma.routed(
         x,
-        wmma.Weight(*_tensors(w13), w13_bias),
+        w13,
         wmma.Slots(blocks.sorted, blocks.experts, blocks.height, k, before, weights),
         act,
         wmma.Act(mlp.activation, mlp.gate_up, alpha, limit),
@@ -178,7 +190,7 @@ def _many(
     y = torch.empty(slots, x.shape[1], dtype=torch.float32 if slots <= 8192 else x.dtype, device=x.device)
     wmma.routed(
         act,
-        wmma.Weight(*_tensors(w2), w2_bias),
+        w2,
         wmma.Slots(blocks.sorted, blocks.experts, blocks.height, 1, behind, weights),
         y,
     )
