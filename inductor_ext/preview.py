@@ -7,7 +7,7 @@ what it needs is installed here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -16,7 +16,6 @@ from inductor_ext.devices import Device, named
 from inductor_ext.kernels import Mlp, MoeProblem, Problem, WeightKind, table
 
 WIDTH = 2 + max(map(len, table.names()))
-INDENT = " " * (WIDTH + 2)
 
 
 def problems(device: Device) -> dict[str, Problem | MoeProblem]:
@@ -63,12 +62,14 @@ def problems(device: Device) -> dict[str, Problem | MoeProblem]:
         "dense, HQQ": dataclasses.replace(dense, zeros="float", group_size=64),
         "dense, groups of 32": dataclasses.replace(dense, group_size=32),
         "dense, one scale a channel": dataclasses.replace(dense, group_size=4096),
+        "dense, 8 bits": dataclasses.replace(dense, bits=8),
         "experts": moe,
         "experts, float16": experts(WeightKind(torch.float16, 128, "none"), dtype=torch.float16),
         "experts, GPTQ or AWQ with zeros": experts(WeightKind(torch.bfloat16, 128, "int")),
         "experts, groups of 32": experts(WeightKind(torch.bfloat16, 32, "none")),
-        "experts with biases": experts(kind, bias=True, mlp=Mlp(activation="swigluoai", gate_up="interleaved")),
+        "experts with biases": experts(kind, bias=True, mlp=Mlp("swigluoai", "interleaved", limit=7.0)),
         "experts in parallel": experts(kind, E=16, expert_map=True),
+        "experts, 8 bits": experts(WeightKind(torch.bfloat16, 128, "none", bits=8)),
     }
 
 
@@ -76,22 +77,33 @@ def main(name: str) -> int:
     """Prints a table for the device of this name. Raises ValueError for one that is not known."""
     device = named(name)
     print(f"what would run on {device}, by the kernels' own rules; none of it was run")
-    for title, problem in problems(device).items():
-        for line in lines(title, problem):
-            print(line)
+    asked = problems(device)
+    for op in dict.fromkeys(problem.op for problem in asked.values()):
+        print(op)
+        for line in lines({title: problem for title, problem in asked.items() if problem.op == op}):
+            print(f"  {line}")
     return 0
 
 
-def lines(title: str, problem: Problem | MoeProblem) -> Iterator[str]:
-    """What would run, why not the others, and what could take its place."""
-    verdicts = oracle.verdicts(problem, elsewhere=True)
-    can = [name for name, reason in verdicts.items() if reason is None]
-    yield f"{can[0]:<{WIDTH}}{title}: {problem}"
-    for name in can[:1]:
-        if package := table.rows(problem.op)[name].package:
-            yield f"{INDENT}needs {package}"
-    for name, reason in verdicts.items():
-        if reason is not None:
-            yield f"{INDENT}not {name}: {reason}"
-    if can[1:]:
-        yield f"{INDENT}else {', '.join(can[1:])}"
+def lines(asked: Mapping[str, Problem | MoeProblem]) -> Iterator[str]:
+    """Of problems of one op: what would run, what could take its place, and why not the others. What is said of a
+    kernel for all of them is said once."""
+    verdicts = {title: oracle.verdicts(problem, elsewhere=True) for title, problem in asked.items()}
+    said: dict[str, set[str | None]] = {}
+    for found in verdicts.values():
+        for name, reason in found.items():
+            said.setdefault(name, set()).add(reason)
+    never = {name: reasons.pop() for name, reasons in said.items() if len(reasons) == 1 and None not in reasons}
+    for name, reason in never.items():
+        yield f"not {name}: {reason}"
+    packages = {name: row.package for name, row in table.rows(next(iter(asked.values())).op).items() if row.package}
+    for name in packages:
+        if name in said and name not in never:
+            yield f"{name} needs {packages[name]}"
+    for title, problem in asked.items():
+        can = [name for name, reason in verdicts[title].items() if reason is None]
+        others = f"; else {', '.join(can[1:])}" if can[1:] else ""
+        yield f"{can[0]:<{WIDTH}}{title}: {problem}{others}"
+        for name, reason in verdicts[title].items():
+            if reason is not None and name not in never:
+                yield f"{'':<{WIDTH}}  not {name}: {reason}"

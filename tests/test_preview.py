@@ -32,9 +32,51 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 def test_every_problem_runs_somehow_on_every_known_device(name: str) -> None:
     for problem in preview.problems(named(name)).values():
         choice = oracle.choose(problem, elsewhere=True)
-        first = table.priority(problem.op, problem.device)[0]
+        first = table.priority(problem.op, problem.device, problem.bits)[0]
         assert choice.kernel == first or first in choice.passed_over
-        assert all(reason.endswith(".") for reason in choice.passed_over.values())
+        reasons = [reason for reason in oracle.verdicts(problem, elsewhere=True).values() if reason is not None]
+        assert all(reason.endswith(".") for reason in reasons)
+
+
+# What would run: dense, with float zeros, of 8 bits; experts, with integer zeros, with biases, of 8 bits.
+WOULD_RUN = {
+    "gfx1100": ("hip", "triton", "triton_int8", "hip", "hip", "hip", "triton_int8"),
+    "gfx1151": ("hip", "triton", "triton_int8", "hip", "hip", "hip", "triton_int8"),
+    "gfx942": ("triton", "triton", "triton_int8", "triton", "triton", "triton", "triton_int8"),
+    "gfx950": ("triton", "triton", "triton_int8", "triton", "triton", "triton", "triton_int8"),
+    "sm_90": ("triton", "triton", "triton_int8", "triton", "triton", "triton", "triton_int8"),
+    "sm_100": ("triton", "triton", "triton_int8", "triton", "triton", "triton", "triton_int8"),
+    "xpu": ("reference", "reference", "reference", "xpu", "reference", "xpu", "reference"),
+    "cpu": ("cpu", "cpu", "reference", "cpu", "cpu", "cpu", "reference"),
+}
+TITLES = (
+    "dense", "dense, HQQ", "dense, 8 bits",
+    "experts", "experts, GPTQ or AWQ with zeros", "experts with biases", "experts, 8 bits",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WOULD_RUN)
+def test_what_would_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = preview.problems(named(name))
+    assert tuple(oracle.choose(asked[title], elsewhere=True).kernel for title in TITLES) == WOULD_RUN[name]
+    assert cli.main(["doctor", "--device", name]) == 0
+    said = capsys.readouterr().out
+    for title, kernel in zip(TITLES, WOULD_RUN[name], strict=True):
+        assert re.search(rf"^  {kernel} +{title}: [NE]=", said, re.MULTILINE)
+    for op in table.ops():
+        for kernel in table.priority(op, named(name).type):
+            assert kernel in said
+            if all(oracle.why_not(p, kernel, True) for p in asked.values() if p.op == op and p.bits == 4):
+                assert f"not {kernel}: " in said
+
+
+def test_a_reason_for_all_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--device", "mi300x"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("not marlin: The kernel runs on NVIDIA GPUs, not on cuda (gfx942).") == 2  # dense and experts
+    assert "needs vLLM" not in said
+    assert cli.main(["doctor", "--device", "h100"]) == 0
+    assert "marlin needs vLLM, sgl-kernel or GPTQModel" in capsys.readouterr().out
 
 
 def test_what_is_installed_here_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +97,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--device", "t4"]) == 0
     said = capsys.readouterr().out
     assert "on sm_75" in said
-    assert re.search(r"^reference +dense: N=4096 K=4096 G=128 bfloat16, symmetric$", said, re.MULTILINE)
+    assert re.search(r"^  reference +dense: N=4096 K=4096 G=128 bfloat16, symmetric$", said, re.MULTILINE)
     assert "not triton: The kernels need sm_80 or newer" in said
     assert cli.main(["doctor", "--device", "mi9000"]) == 2
     assert "no device 'mi9000'" in capsys.readouterr().err
@@ -70,6 +112,13 @@ def test_a_model_explained_for_another_device() -> None:
     assert [r.kernel for r in inductor_ext.explain(model, x).rewritten] == [r.kernel for r in here.rewritten]
     assert "sm_80" in str(old)
     assert "sm_80" not in str(here)
+
+
+@pytest.mark.parametrize("name", WOULD_RUN)
+def test_a_model_explained_for_every_device(name: str) -> None:
+    model, x = CompressedTensors(64, 128, dtype=torch.bfloat16), torch.randn(3, 128).bfloat16()
+    report = inductor_ext.explain_for(name, model, x)
+    assert report.rewritten[0].kernel == WOULD_RUN[name][0]
 
 
 def test_the_device_is_no_option_of_torch_compile() -> None:
