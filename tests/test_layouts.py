@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inductor_ext import bits
 from inductor_ext.formats import EXLLAMA, MARLIN, PLANES, SEQUENTIAL, TileOrder
-from inductor_ext.layouts import Experts, emulation, flashinfer, marlin, rdna3, triton, wmma, xpu
+from inductor_ext.layouts import Experts, emulation, flashinfer, marlin, rdna3, triton, triton_dense, wmma, xpu
 
 few = settings(max_examples=3, deadline=None, derandomize=True)
 
@@ -50,6 +50,7 @@ WAYS = {
         lambda w: flashinfer.pack(w, False), lambda p: flashinfer.unpack(p, False), ("zeros", "order", "bias")
     ),
     "triton": Way(triton.pack, triton.unpack, ("order", "bias")),
+    "triton dense": Way(triton_dense.pack, triton_dense.unpack, ("order", "bias")),
     "xpu": Way(xpu.pack, xpu.unpack, ("zeros", "order")),
     "rdna3": Way(rdna3.pack, rdna3.unpack, ("order", "bias")),
     "wmma gfx1100": Way(lambda w: wmma.pack(w, "gfx1100"), wmma.unpack, ("zeros", "order", "bias")),

@@ -278,6 +278,27 @@ def test_ranks_have_their_shares_in_the_kernel_s_layout(backend: str) -> None:
     assert torch.equal(torch.cat(downs, 2), values(w2))
 
 
+def test_a_rank_converts_its_share_of_a_checkpoint() -> None:
+    """Tensor and expert parallelism at once: three of four experts, and the second half of the intermediate size."""
+    w13, w2 = weight("asymmetric", 4, 512, 128, 128, 0), weight("asymmetric", 4, 64, 256, 128, 1)
+    expert_map = torch.tensor([2, -1, 0, 1]).int()
+    member = WNA16MoEBackend.RDNA3
+    result = convert.convert_to_wna16_moe_kernel_format(
+        member,
+        None,
+        GPTQ,
+        None,
+        **arguments(gptq.pack(w13), gptq.pack(w2)),
+        tp_rank=1,
+        tp_size=2,
+        expert_map=expert_map,
+    )
+    mine13, mine2 = convert.recovered(member, result, w13, w2)
+    gates, ups = values(w13)[[2, 3, 0]].chunk(2, 1)
+    assert torch.equal(values(mine13), torch.cat([gates[:, 128:], ups[:, 128:]], 1))
+    assert torch.equal(values(mine2), values(w2)[[2, 3, 0]][:, :, 128:])
+
+
 def test_a_rank_has_its_own_experts() -> None:
     w13, w2 = weight("asymmetric", 5, 128, 64, 32, 0), weight("bias", 5, 64, 64, 32, 1)
     mine = convert.shared(w13, w2, expert_map=torch.tensor([-1, 2, -1, 0, 1]).int())

@@ -7,6 +7,7 @@ the canonical form, and ``unpack``, its inverse.
     marlin       GPTQ, AWQ and compressed-tensors on NVIDIA GPUs (vLLM)
     flashinfer   FlashInfer's experts from TensorRT-LLM, MXINT4
     triton       vLLM's WNA16 experts in Triton
+    triton_dense    its triton_w4a16_gemm
     xpu          vLLM's experts on Intel GPUs
     rdna3        vLLM's experts on RDNA 3, dot products
     wmma         ROCm's vLLM: experts on RDNA 3, WMMA

@@ -66,18 +66,23 @@ def convert_to_wna16_moe_kernel_format(
     w13_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
     experts_cls: Any = None,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    expert_map: Tensor | None = None,
 ) -> Converted:
     """The field's function: the tensors of a checkpoint (``layouts/gptq.py``, ``layouts/awq.py``) in the layout of the
     backend's kernel. The result is the field's tuple, with names.
 
     quant_config: as ``checkpoint_of``. input_dtype: of the activations; None: the scales'. layer and experts_cls are
-    there for callers of the field's function; nothing is read from them. Raises ValueError for what the layout has no
-    place for, and for a backend that has none.
+    there for callers of the field's function; nothing is read from them. tp_rank, tp_size, expert_map: as ``shared``,
+    for tensors that are the whole layer's. Raises ValueError for what the layout has no place for, and for a backend
+    that has none.
     """
     stored = checkpoint_of(quant_config)
     first = stored.experts(w13, w13_scale, w13_g_idx, w13_qzeros, w13_bias)
     second = stored.experts(w2, w2_scale, w2_g_idx, w2_qzeros, w2_bias)
-    return converted(backend, first, second, input_dtype)
+    return converted(backend, *shared(first, second, tp_rank, tp_size, expert_map), input_dtype)
 
 
 def shared(

@@ -52,6 +52,31 @@ def choose(problem: Problem | MoeProblem, forced: str | None = None, elsewhere: 
     )
 
 
+def choose_backend(problem: Problem | MoeProblem, backend: str | None, elsewhere: bool = False) -> table.Row:
+    """As ``choose``, by what the field calls kernels: the row of the first kernel, or of the first of this backend.
+
+    Raises NoKernel with every reason.
+    """
+    known = table.rows(problem.op)
+    if backend is None:
+        return known[choose(problem, elsewhere=elsewhere).kernel]
+    reasons = {}
+    for row in known.values():
+        if row.backend == backend:
+            reason = why_not(problem, row.name, elsewhere)
+            if reason is None:
+                return row
+            reasons[row.name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or NOT_FOR_INTEGERS[backend]
+    raise Required(f"Backend {backend} does not compute {problem.op} {problem} on {problem.device}: {told}")
+
+
+NOT_FOR_INTEGERS = {
+    "AITER_W4A8": "AITER's W4A8 kernel takes MXFP4 weights, not integers; it computes w4a16::moe_mxfp4.",
+}
+"""Backends of the field that have no kernel for integer weights, and why."""
+
+
 def verdicts(problem: Problem | MoeProblem, elsewhere: bool = False) -> dict[str, str | None]:
     """Every kernel that is tried on the problem's device, the first first, with why it does not compute it; None if it
     does."""

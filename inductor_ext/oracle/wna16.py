@@ -82,11 +82,6 @@ ACTIVATIONS = {
 }
 """The field's activations that ``w4a16::moe`` has, by their values."""
 
-_NOT_INT = {
-    "AITER_W4A8": "AITER's W4A8 kernel takes MXFP4 weights, not integers; it computes w4a16::moe_mxfp4.",
-}
-"""Backends that no kernel for integer weights has, and why not."""
-
 
 def get_priority_backends(device: str | Device, bits: int = 4) -> list[WNA16MoEBackend]:
     """The backends that are tried on a device, the first first. A device is a ``Device`` or the name of one."""
@@ -97,7 +92,7 @@ def get_priority_backends(device: str | Device, bits: int = 4) -> list[WNA16MoEB
 
 def backend_to_kernel_cls(backend: WNA16MoEBackend) -> list[kernels.MoeKernel]:
     """The kernels of a backend: modules here, classes in the field. None of them, if it has none for integers."""
-    return [kernels.load_moe(row.name) for row in _rows(backend)]
+    return [kernels.load_moe(row.name) for row in table.rows("moe").values() if row.backend == backend.value]
 
 
 def map_wna16_backend(name: str) -> WNA16MoEBackend:
@@ -118,20 +113,10 @@ def select_wna16_moe_backend(
     it is not here, and what is installed here does not count. Raises ValueError for an unknown backend, and
     select.NoKernel, quoting every reason, if the one asked for cannot or none is left.
     """
-    found = _device(device)
-    problem = moe_problem(config, weight_key, found)
-    if config.moe_backend == "auto":
-        name = select.choose(problem, elsewhere=elsewhere).kernel
-        return WNA16MoEBackend(table.rows("moe")[name].backend), kernels.load_moe(name)
-    backend = map_wna16_backend(config.moe_backend)
-    reasons = {}
-    for row in _rows(backend):
-        reason = select.why_not(problem, row.name, elsewhere)
-        if reason is None:
-            return backend, kernels.load_moe(row.name)
-        reasons[row.name] = reason
-    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or _NOT_INT[backend.value]
-    raise select.Required(f"moe_backend={config.moe_backend!r} does not compute {problem} on {found}: {told}")
+    problem = moe_problem(config, weight_key, device_of(device))
+    backend = None if config.moe_backend == "auto" else map_wna16_backend(config.moe_backend).value
+    row = select.choose_backend(problem, backend, elsewhere)
+    return WNA16MoEBackend(row.backend), kernels.load_moe(row.name)
 
 
 def moe_problem(config: Any, weight_key: WeightKey, device: Device) -> MoeProblem:
@@ -164,11 +149,8 @@ def moe_problem(config: Any, weight_key: WeightKey, device: Device) -> MoeProble
     )
 
 
-def _rows(backend: WNA16MoEBackend) -> list[table.Row]:
-    return [row for row in table.rows("moe").values() if row.backend == backend.value]
-
-
-def _device(device: str | Device | None) -> Device:
+def device_of(device: str | Device | None) -> Device:
+    """A device, or the one of this name, or the one that is here."""
     if isinstance(device, str):
         return devices.named(device)
     return devices.here() if device is None else device
