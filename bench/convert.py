@@ -1,4 +1,4 @@
-"""Time and memory of every conversion to another kernel's layout, and back (`inductor_ext/layouts/`).
+"""Time and memory of every conversion to another kernel's or checkpoint's layout, and back (`inductor_ext/layouts/`).
 
     python bench/convert.py [--json FILE] [--rounds 3] [--experts 128] [--hidden 2048] [--intermediate 768]
                             [--group 128]
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inductor_ext.layouts import Experts, adjust, emulation, flashinfer, marlin, rdna3, triton, wmma, xpu
+from inductor_ext.layouts import Experts, adjust, awq, emulation, flashinfer, gptq, marlin, rdna3, triton, wmma, xpu
 
 
 class Way(NamedTuple):
@@ -50,6 +50,8 @@ def ways(weight: Experts, gated: bool) -> Iterator[Way]:
     if weight.zeros is None:
         yield Way("(a copy)", weight, copy, copy)
     yield Way(f"marlin, {kind}", weight, marlin.pack, marlin.unpack)
+    yield Way(f"gptq, {kind}", weight, gptq.pack, gptq.unpack)
+    yield Way(f"awq, {kind}", weight, awq.pack, awq.unpack)
     yield Way(f"triton, {kind}", weight, triton.pack, triton.unpack)
     yield Way(f"rdna3, {kind}", weight, rdna3.pack, rdna3.unpack)
 

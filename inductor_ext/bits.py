@@ -40,6 +40,33 @@ def reorder_(words: Tensor, source: BitOrder, target: BitOrder) -> Tensor:
     return words
 
 
+def turned(words: Tensor, source: BitOrder, target: BitOrder) -> Tensor:
+    """int32 words [R, C/8] that pack a matrix [R, C] along C in one order, as words [C, R/8] that pack it along R in
+    the other."""
+    R, C = words.shape[0], words.shape[1] * 8
+    out = words.new_empty(C, R // 8)
+    have, want = _bits(source), _bits(target)
+    # The bit of a row that becomes bit a of a nibble's number leaves its axis to the column's that was there.
+    axes = [3 - want[have.index(column)] for column in (2, 1, 0)]
+    rows, across = _side(words, R), _side(words, C) // 8
+    for r in range(0, R, rows):
+        for c in range(0, C // 8, across):
+            tile = words[r : r + rows, c : c + across].clone(memory_format=torch.contiguous_format)
+            x = tile.view(-1, 2, 2, 2, tile.shape[1])
+            spare = torch.empty_like(x.select(1, 0))
+            for a in range(3):
+                first, second = x.unbind(3 - want[a])
+                _exchange_outside(first, second, a, spare)
+            to = out[8 * c : 8 * (c + tile.shape[1]), r // 8 : (r + tile.shape[0]) // 8]
+            to.unflatten(0, (-1, 2, 2, 2)).copy_(x.permute(4, *axes, 0))
+    return out
+
+
+def _side(words: Tensor, length: int) -> int:
+    """Of a piece that a CPU's cache keeps, in codes: a multiple of 8."""
+    return 512 if words.device.type == "cpu" else length
+
+
 def to_tiles(words: Tensor, order: TileOrder, tiles: Tensor) -> None:
     """Sequential words [N, K/8], contiguous, into int32 [K/columns, N/rows, words of a tile], contiguous.
 

@@ -15,7 +15,7 @@ from layouts import KINDS, by_lanes, of_result, same, values, weight
 from torch import Tensor
 
 from inductor_ext import bits
-from inductor_ext.formats import EXLLAMA, MARLIN, PLANES, SEQUENTIAL, TileOrder
+from inductor_ext.formats import EXLLAMA, MARLIN, PLANES, SEQUENTIAL, BitOrder, TileOrder
 from inductor_ext.layouts import Experts, emulation, flashinfer, marlin, rdna3, triton, triton_dense, wmma, xpu
 
 few = settings(max_examples=3, deadline=None, derandomize=True)
@@ -304,6 +304,14 @@ def test_words_become_words_of_another_order(N: int, K: int, seed: int) -> None:
     shuffled = EXLLAMA.pack(SEQUENTIAL.unpack(words, 1, N, 8 * K), 1)
     assert torch.equal(bits.reorder_(words.clone(), SEQUENTIAL, EXLLAMA), shuffled)
     assert torch.equal(bits.reorder_(shuffled, EXLLAMA, SEQUENTIAL), words)
+
+
+@pytest.mark.parametrize("source", [SEQUENTIAL, EXLLAMA], ids=lambda order: order.name)
+@pytest.mark.parametrize("target", [SEQUENTIAL, EXLLAMA], ids=lambda order: order.name)
+@pytest.mark.parametrize(("R", "C"), [(8, 8), (64, 24), (1032, 1160)])
+def test_words_along_the_other_axis(R: int, C: int, source: BitOrder, target: BitOrder) -> None:
+    codes = torch.randint(16, (R, C), generator=torch.Generator().manual_seed(R), dtype=torch.uint8)
+    assert torch.equal(bits.turned(source.pack(codes, 1), source, target), target.pack(codes.t(), 1))
 
 
 def test_many_words_are_taken_in_pieces() -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inductor_ext.bits import turned
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL
 from inductor_ext.layouts.experts import Experts, four_bits, from_nibbles, need, none, shape, to_nibbles
 
@@ -33,7 +34,7 @@ def pack(weight: Experts) -> Awq:
     E, N, K = weight.E, weight.N, weight.K
     words = weight.codes.new_empty(E, K, N // 8)
     for e in range(E):
-        words[e] = EXLLAMA.pack(SEQUENTIAL.unpack(weight.codes[e], 1, N, K).t(), 1)
+        words[e] = turned(weight.codes[e], SEQUENTIAL, EXLLAMA)
     zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
     stored = to_nibbles(zeros, _CONVENTION).transpose(1, 2).flatten(0, 1)
     return Awq(
@@ -55,7 +56,7 @@ def unpack(stored: Awq) -> Experts:
     need(stored.qzeros.dtype == torch.int32, "qzeros", f"int32 {list(wanted)}", stored.qzeros.dtype)
     codes = qweight.new_empty(E, N, K // 8)
     for e in range(E):
-        codes[e] = SEQUENTIAL.pack(EXLLAMA.unpack(qweight[e], 1, K, N).t(), 1)
+        codes[e] = turned(qweight[e], EXLLAMA, SEQUENTIAL)
     nibbles = EXLLAMA.unpack(stored.qzeros, 1, E * groups, N)
     zeros = from_nibbles(nibbles, _CONVENTION).view(E, groups, N).transpose(1, 2).contiguous()
     return Experts(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inductor_ext.bits import turned
 from inductor_ext.formats import SEQUENTIAL
 from inductor_ext.layouts.experts import Experts, four_bits, from_nibbles, need, none, scale_dtypes, to_nibbles
 
@@ -30,7 +31,7 @@ def pack(weight: Experts) -> TritonDense:
     E, N, K = weight.E, weight.N, weight.K
     b_q = weight.codes.new_empty(E, K, N // 8)
     for e in range(E):
-        b_q[e] = SEQUENTIAL.pack(SEQUENTIAL.unpack(weight.codes[e], 1, N, K).t(), 1)
+        b_q[e] = turned(weight.codes[e], SEQUENTIAL, SEQUENTIAL)
     qzeros = None
     if weight.zeros is not None:
         stored = to_nibbles(weight.zeros, "stored").transpose(1, 2).flatten(0, 1)
@@ -43,7 +44,7 @@ def unpack(packed: TritonDense) -> Experts:
     N = across * 8
     codes = packed.b_q.new_empty(E, N, K // 8)
     for e in range(E):
-        codes[e] = SEQUENTIAL.pack(SEQUENTIAL.unpack(packed.b_q[e], 1, K, N).t(), 1)
+        codes[e] = turned(packed.b_q[e], SEQUENTIAL, SEQUENTIAL)
     zeros = None
     if packed.qzeros is not None:
         stored = SEQUENTIAL.unpack(packed.qzeros, 1, E * groups, N)
