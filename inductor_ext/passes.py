@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from inductor_ext import oracle
 from inductor_ext.capture import ConstantSite
 from inductor_ext.direct import call_directly
+from inductor_ext.kernels import external
 from inductor_ext.options import Options
 from inductor_ext.report import Report
 from inductor_ext.rewrite import rewrite
@@ -58,9 +59,9 @@ class W4A16Pass(CustomGraphPass):
                 call_directly(graph)
 
     def uuid(self) -> Any | None:
-        """Changes with every file of this package, every option and switch, and the pass behind; None (no caching) if
-        that one has no uuid."""
-        own = (_sources(), repr(self.options), self.direct, oracle.moe_hip())
+        """Changes with every file of this package, every option and switch, other packages with kernels, and the pass
+        behind; None (no caching) if that one has no uuid."""
+        own = (_sources(), repr(self.options), self.direct, oracle.moe_hip(), external.installed())
         if self.then is None:
             return own
         behind = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None

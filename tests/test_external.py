@@ -18,11 +18,12 @@ from torch import Tensor
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
 from inductor_ext import kernels, oracle
-from inductor_ext.kernels import Mlp, Routing, reference, reference_moe
+from inductor_ext.kernels import Mlp, Routing, external, reference, reference_moe
 from inductor_ext.kernels.external import batched_marlin, flashinfer_moe, marlin, marlin_moe, marlin_ops, xpu_moe
 from inductor_ext.layouts import Experts
 from inductor_ext.layouts.experts import parted
 from inductor_ext.oracle import convert
+from inductor_ext.passes import W4A16Pass
 
 H100 = {"device": "cuda", "arch": "sm_90"}
 B200 = {"device": "cuda", "arch": "sm_100"}
@@ -109,7 +110,7 @@ def check(
     expert_map = torch.tensor([1, -1, 0, *range(2, E)]).int() if mapped else None
     ids = torch.rand(T, number, generator=random).argsort(1)[:, :2]
     weights = torch.rand(T, 2, generator=random)
-    ids[0, 0], weights[0, 0] = -1, float("nan")
+    ids[0, 0], weights[0, 0], weights[0, 1] = -1, float("nan"), -0.5
     x = torch.randn(T, H, generator=random).to(dtype)
     biases = [torch.randn(E, n, generator=random).to(dtype).float() if bias else None for n in (2 * I, H)]
     settings = (I, G, G, mlp.activation, mlp.gate_up, mlp.alpha, mlp.limit, False, mlp.routed_scaling, number)
@@ -346,6 +347,15 @@ def test_versions_with_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is onednn, which takes codes that are not signed" in str(xpu_moe._op())
     standins.module(monkeypatch, "flashinfer.fused_moe", trtllm_mxint4_block_scale_routed_moe=changed)
     assert "other arguments than are known here: gemm1_alpha" in str(flashinfer_moe._op())
+
+
+def test_cached_graphs_know_what_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that calls another package's kernel is no good where that is gone."""
+    without = W4A16Pass().uuid()
+    external.installed.cache_clear()
+    standins.module(monkeypatch, "flashinfer.fused_moe")
+    assert external.installed() and W4A16Pass().uuid() != without
+    external.installed.cache_clear()
 
 
 def test_numbers_of_scalar_types() -> None:
