@@ -50,6 +50,13 @@ def test_what_is_selected_on_devices_that_are_not_here(device: str, backend: str
     assert selected(device) == WNA16MoEBackend(backend)
 
 
+def test_the_field_s_names_are_the_oracle_s() -> None:
+    for name in oracle.__all__:
+        assert getattr(oracle, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'unheard_of'"):
+        _ = oracle.unheard_of
+
+
 def test_priorities_of_a_device() -> None:
     assert [b.value for b in wna16.get_priority_backends("cpu")] == ["CPU", "EMULATION"]
     assert [b.value for b in wna16.get_priority_backends("gfx1100")][:2] == ["RDNA3", "TRITON"]

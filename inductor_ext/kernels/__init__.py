@@ -203,7 +203,8 @@ class Routing(NamedTuple):
 
 
 class MoeKernel(Protocol):
-    """The functions that a kernel module for routed experts has."""
+    """The functions that a kernel module for routed experts has. One that has w13 in another layout than w2 has
+    ``pack_w13`` and ``unpack_w13`` as well."""
 
     NAME: str
     CHECKS_WEIGHTS: bool
