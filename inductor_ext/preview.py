@@ -62,14 +62,14 @@ def problems(device: Device) -> dict[str, Problem | MoeProblem]:
         "dense, HQQ": dataclasses.replace(dense, zeros="float", group_size=64),
         "dense, groups of 32": dataclasses.replace(dense, group_size=32),
         "dense, one scale a channel": dataclasses.replace(dense, group_size=4096),
-        "dense, 8 bits": dataclasses.replace(dense, bits=8),
+        "dense, int8": dataclasses.replace(dense, codes="int8"),
         "experts": moe,
         "experts, float16": experts(WeightKind(torch.float16, 128, "none"), dtype=torch.float16),
         "experts, GPTQ or AWQ with zeros": experts(WeightKind(torch.bfloat16, 128, "int")),
         "experts, groups of 32": experts(WeightKind(torch.bfloat16, 32, "none")),
         "experts with biases": experts(kind, bias=True, mlp=Mlp("swigluoai", "interleaved", limit=7.0)),
         "experts in parallel": experts(kind, E=16, expert_map=True),
-        "experts, 8 bits": experts(WeightKind(torch.bfloat16, 128, "none", bits=8)),
+        "experts, int8": experts(WeightKind(torch.bfloat16, 128, "none", "int8")),
     }
 
 

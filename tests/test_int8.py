@@ -20,8 +20,8 @@ from inductor_ext.formats import PackedInt8
 from inductor_ext.kernels import Packed, reference, reference_moe
 from inductor_ext.kernels.gpu import experts_int8, linear_int8
 
-LINEAR = replace(PROBLEM, bits=8)
-EXPERTS = replace(MOE, w13=replace(KIND, bits=8), w2=replace(KIND, bits=8))
+LINEAR = replace(PROBLEM, codes="int8")
+EXPERTS = replace(MOE, w13=replace(KIND, codes="int8"), w2=replace(KIND, codes="int8"))
 
 
 def dense(w: PackedInt8) -> torch.Tensor:

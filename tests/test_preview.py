@@ -38,7 +38,7 @@ def test_every_problem_runs_somehow_on_every_known_device(name: str) -> None:
         assert all(reason.endswith(".") for reason in reasons)
 
 
-# What would run: dense, with float zeros, of 8 bits; experts, with integer zeros, with biases, of 8 bits.
+# What would run: dense, with float zeros, int8; experts, with integer zeros, with biases, int8.
 WOULD_RUN = {
     "gfx1100": ("hip", "triton", "triton_int8", "hip", "hip", "hip", "triton_int8"),
     "gfx1151": ("hip", "triton", "triton_int8", "hip", "hip", "hip", "triton_int8"),
@@ -50,8 +50,8 @@ WOULD_RUN = {
     "cpu": ("cpu", "cpu", "reference", "cpu", "cpu", "cpu", "reference"),
 }
 TITLES = (
-    "dense", "dense, HQQ", "dense, 8 bits",
-    "experts", "experts, GPTQ or AWQ with zeros", "experts with biases", "experts, 8 bits",
+    "dense", "dense, HQQ", "dense, int8",
+    "experts", "experts, GPTQ or AWQ with zeros", "experts with biases", "experts, int8",
 )  # fmt: skip
 
 

@@ -157,6 +157,13 @@ def test_the_field_s_own_config_will_do() -> None:
     assert selected("h100", own) == WNA16MoEBackend.TRITON
 
 
+def test_keys_of_no_kind() -> None:
+    with pytest.raises(ValueError, match="bits must be 4 or 8, not 2"):
+        WeightKey(2, 128)
+    with pytest.raises(ValueError, match="group_size must be positive, or -1 for one scale a channel; it is 0"):
+        WeightKey(4, 0)
+
+
 def test_an_activation_that_there_is_not() -> None:
     with pytest.raises(ValueError, match=r"activation must be one of silu, .*, not 'relu2'"):
         selected("h100", replace(CONFIG, activation="relu2"))

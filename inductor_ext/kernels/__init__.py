@@ -36,14 +36,18 @@ class Problem:
     order: bool
     """Act-order: columns are stored permuted."""
     bias: bool
-    bits: int = 4
-    """Of a code."""
+    codes: str = "int4"
+    """Or "int8"."""
+
+    @property
+    def bits(self) -> int:
+        return _bits(self.codes)
 
     def __str__(self) -> str:
         extras = [f"{self.zeros} zeros"] if self.zeros != "none" else ["symmetric"]
         extras += ["act-order"] if self.order else []
         extras += ["bias"] if self.bias else []
-        extras += [f"{self.bits} bits"] if self.bits != 4 else []
+        extras += ["int8"] if self.codes == "int8" else []
         return f"N={self.N} K={self.K} G={self.group_size} {_short(self.dtype)}, {', '.join(extras)}"
 
 
@@ -55,10 +59,14 @@ class WeightKind:
     group_size: int
     zeros: str
     """"none" (constant: 8, or 128 of 8 bits), "int" or "float"."""
+    codes: str = "int4"
+    """Or "int8"."""
     order: bool = False
     """Act-order: columns are stored permuted."""
-    bits: int = 4
-    """Of a code."""
+
+    @property
+    def bits(self) -> int:
+        return _bits(self.codes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +131,17 @@ class MoeProblem:
         extras += ["expert_map"] if self.expert_map else []
         extras += ["weighted input"] if self.mlp.apply_router_weight_on_input else []
         extras += ["act-order"] if self.w13.order or self.w2.order else []
-        extras += [f"{self.bits} bits"] if self.bits != 4 else []
+        extras += ["int8"] if self.w13.codes == "int8" else []
         extras += ["batched by expert"] if self.batched else []
         sizes = dict.fromkeys((self.w13.group_size, self.w2.group_size))
         return (
             f"E={self.E} top_k={self.top_k} H={self.H} I={self.I} G={'/'.join(map(str, sizes))}"
             f" {_short(self.dtype)}, {', '.join(extras)}"
         )
+
+
+def _bits(codes: str) -> int:
+    return 8 if codes == "int8" else 4
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -80,7 +80,7 @@ def linear_problem(config: LinearConfig, weight_key: WeightKey, device: Device) 
         zeros="none" if weight_key.symmetric else "int",
         order=weight_key.desc_act,
         bias=config.has_bias,
-        bits=weight_key.bits,
+        codes=f"int{weight_key.bits}",
     )
 
 

@@ -69,6 +69,12 @@ class WeightKey:
     scale_dtype: torch.dtype | None = None
     """None: the activations'."""
 
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, not {self.bits}.")
+        if self.group_size < 1 and self.group_size != -1:
+            raise ValueError(f"group_size must be positive, or -1 for one scale a channel; it is {self.group_size}.")
+
 
 ACTIVATIONS = {
     "silu": Mlp(),
@@ -129,7 +135,9 @@ def moe_problem(config: Any, weight_key: WeightKey, device: Device) -> MoeProble
     def kind(K: int) -> WeightKind:
         group = K if weight_key.group_size == -1 else weight_key.group_size
         zeros = "none" if weight_key.symmetric else "int"
-        return WeightKind(weight_key.scale_dtype or config.in_dtype, group, zeros, weight_key.desc_act, weight_key.bits)
+        return WeightKind(
+            weight_key.scale_dtype or config.in_dtype, group, zeros, f"int{weight_key.bits}", weight_key.desc_act
+        )
 
     parallel = config.moe_parallel_config
     return MoeProblem(
