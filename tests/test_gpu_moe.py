@@ -46,7 +46,8 @@ def on_the_gpu(E: int, H: int, I: int, G: tuple[int, int], **changed: Any) -> Ex
 
 
 def ordinary(dtype: torch.dtype = torch.float16, **changed: Any) -> Experts:
-    """16 experts: one token, or four, go pair by pair; 33 are sorted into small blocks and 257 into large ones."""
+    """16 experts: one token, or four, go pair by pair; 33 are sorted into small blocks and 257 into large ones; 513 are
+    many for a Hopper."""
     return on_the_gpu(16, 256, 128, (128, 64), dtype=dtype, **changed)
 
 
@@ -70,7 +71,7 @@ def test_every_number_of_tokens(dtype: torch.dtype, zeros: str, T: int) -> None:
         exact(experts, *routed)
 
 
-@pytest.mark.parametrize("T", [1, 33, 257])
+@pytest.mark.parametrize("T", [1, 33, 257, 513])
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_activation(dtype: torch.dtype, mlp: str, T: int) -> None:

@@ -78,7 +78,8 @@ def experts_of(E: int, N: int, K: int, dtype: torch.dtype) -> Packed:
     return experts.pack(PackedInt4(empty(K // 8, torch.int32), empty(K // 128, dtype)), E)
 
 
-def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mlp", [Mlp(), Mlp("swigluoai", "interleaved", limit=7.0)], ids=["halves", "interleaved"])
+def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path, mlp: Mlp) -> None:
     E, k, H, I, dtype = 128, 8, 2048, 768, torch.bfloat16  # noqa: E741
     kernels = {name: Recorder(getattr(many, name)) for name in ("up_kernel", "down_kernel", "gather_kernel")}
     for name, kernel in kernels.items():
@@ -88,7 +89,7 @@ def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path) -> None:
     x = torch.empty(4096, H, dtype=dtype, device="meta")
     chosen = Routing(*(torch.empty(4096, k, dtype=d, device="meta") for d in (torch.float32, torch.int64)), None, E)
     w13, w2 = experts_of(E, 2 * I, H, dtype), experts_of(E, H, I, dtype)
-    experts.run(x, chosen, w13, w2, None, None, Mlp(), I, (128, 128))
+    experts.run(x, chosen, w13, w2, None, None, mlp, I, (128, 128))
     for name in ("up_kernel", "down_kernel"):
         check(kernels[name].compile("sm_90"), tmp_path)
     facts = kernels["gather_kernel"].compile("sm_90")

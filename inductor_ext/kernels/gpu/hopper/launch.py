@@ -97,11 +97,11 @@ def _descriptor(rows: Tensor, height: int) -> Any:
 
 def can_experts(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
     """Whether the kernels compute these experts. ``moe.up_kernel`` needs gates and ups where it says."""
-    halves = mlp.gate_up == "halves" and mlp.activation != "swigluoai" and I % 64 == 0
+    placed = mlp.gate_up == "interleaved" or (mlp.gate_up == "halves" and I % 64 == 0)
     # Weights of both projections are rounded, act(h) and with many tokens y: in bfloat16 that is what may be owed, and
     # codes less such zeros would make it more.
     exact = not linear.float_zeros(w13) and not linear.float_zeros(w2)
-    return halves and exact and can(w13, x) and can(w2, x)
+    return placed and exact and can(w13, x) and can(w2, x)
 
 
 def gather(x: Tensor, found: tuple[Tensor, ...], top_k: int, BM: int, gathered: Tensor) -> None:
@@ -139,7 +139,11 @@ def up(
         h,
         I,
         *_sizes(packed),
+        mlp.alpha,
+        mlp.limit or 0.0,
+        HALVES=mlp.gate_up == "halves",
         ACTIVATION=mlp.activation,
+        LIMITED=mlp.limit is not None,
         ON_INPUT=mlp.apply_router_weight_on_input,
         **_variant(config, packed, x.shape[1], group_size, x.device),
     )

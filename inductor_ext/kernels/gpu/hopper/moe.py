@@ -38,23 +38,25 @@ def gather_kernel(x, slots, total, gathered, TOP_K, HIDDEN, BM: tl.constexpr, RO
 @gluon.jit
 def up_kernel(
     x, w, scales, zeros, bias, topk_weights, slots, block_expert, total, h,
-    INNER, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS,
-    ACTIVATION: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
-    STAGES: gl.constexpr,
+    INNER, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, alpha, limit,
+    HALVES: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr,
+    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """h [slots, INNER] = act(W13 x + b13), in tiles of 128 of INNER and a block of slots. ``x``: the gathered tokens.
 
-    Each group has 64 gates and, INNER rows on, the 64 ups of the same results: INNER is a multiple of 64.
+    A group has 128 rows of codes. HALVES: 64 gates and, INNER rows on, the ups of the same results, so INNER is a
+    multiple of 64. Otherwise gates and ups take turns, and the rows are neighbours.
     """
+    EACH: gl.constexpr = 2 if HALVES else 4
     stages = make_stages(x, w, 4, STAGES)
-    work = (gl.cdiv(INNER, 128), gl.load(total), block_expert, ROWS // 64, INNER // 64, ACROSS)
+    work = (gl.cdiv(INNER, 128), gl.load(total), block_expert, ROWS // 64, INNER // 64 if HALVES else 1, ACROSS)
     numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
-    result = (bias, topk_weights, slots, h, INNER)
+    result = (bias, topk_weights, slots, h, INNER, alpha, limit)
     gl.warp_specialize(
         [
-            (_up, (0, stages, work, numbers, result, ACTIVATION, ON_INPUT, BM, G, ZEROS, STAGES)),
-            (_up, (1, stages, work, numbers, result, ACTIVATION, ON_INPUT, BM, G, ZEROS, STAGES)),
-            (_fetch, (x, w, stages, work, 2, 1, 4, BM, STAGES)),
+            (_up, (0, stages, work, numbers, result, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES)),
+            (_up, (1, stages, work, numbers, result, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES)),
+            (_fetch, (x, w, stages, work, EACH, EACH // 2, 4, BM, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -87,25 +89,50 @@ def _fetch(
 
 @gluon.jit
 def _up(
-    me: gl.constexpr, stages, work, numbers, result, ACTIVATION: gl.constexpr, ON_INPUT: gl.constexpr,
-    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    me: gl.constexpr, stages, work, numbers, result, HALVES: gl.constexpr, ACTIVATION: gl.constexpr,
+    LIMITED: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    bias, topk_weights, slots, h, INNER = result
+    bias, topk_weights, slots, h, INNER, alpha, limit = result
     across, blocks, _, _, _, _ = work
+    EACH: gl.constexpr = 2 if HALVES else 4
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
-        block, expert, tile, place = _place(t, work, 2, BM)
-        n0 = (2 * tile + me) * 64
-        gate, up = _sums(me, stages, place, begun, numbers, expert, n0, BM, G, ZEROS, 4, STAGES)
+        block, expert, tile, place = _place(t, work, EACH, BM)
+        n0 = (EACH * tile + EACH // 2 * me) * 64
+        first, second = _sums(me, stages, place, begun, numbers, expert, n0, BM, G, ZEROS, 4, STAGES)
         if ON_INPUT:
             factor = _factors(topk_weights, slots + block * BM, BM)
-            gate, up = gate * factor, up * factor
+            first, second = first * factor, second * factor
+        apart = INNER if HALVES else 64
         if bias is not None:
             own = bias + expert.to(gl.int64) * 2 * INNER
-            gate, up = add_bias(gate, own, n0, INNER), add_bias(up, own + INNER, n0, INNER)
+            bound = INNER if HALVES else 2 * INNER
+            first = add_bias(first, own, n0, bound)
+            second = add_bias(second, own + apart, n0, bound - (0 if HALVES else 64))
         m = block * BM + gl.arange(0, BM, gl.SliceLayout(0, stored()))
-        store_rows(_activated(gate, ACTIVATION) * up, h, m, m >= 0, n0, INNER)
+        if HALVES:
+            store_rows(_gated(first, second, alpha, limit, ACTIVATION, LIMITED), h, m, m >= 0, n0, INNER)
+        else:
+            _store_pairs(first, h, block * BM, n0 // 2, INNER, alpha, limit, ACTIVATION, LIMITED)
+            _store_pairs(second, h, block * BM, n0 // 2 + 32, INNER, alpha, limit, ACTIVATION, LIMITED)
         begun += place[5]
+
+
+@gluon.jit
+def _store_pairs(
+    acc, h, m0, n0, INNER, alpha, limit, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr
+):  # fmt: skip
+    """32 of INNER from [64, BM], in which gates and ups take turns."""
+    BM: gl.constexpr = acc.shape[1]
+    pairs = gl.convert_layout(acc, stored()).reshape((32, 2, BM)).permute((0, 2, 1))
+    gate, up = gl.split(pairs)
+    y = _gated(gate, up, alpha, limit, ACTIVATION, LIMITED).to(h.dtype.element_ty)
+    L: gl.constexpr = y.type.layout
+    n = n0 + gl.arange(0, 32, gl.SliceLayout(1, L))
+    m = m0 + gl.arange(0, BM, gl.SliceLayout(0, L))
+    where = gl.expand_dims(m, 0).to(gl.int64) * INNER + gl.expand_dims(n, 1)
+    gl.store(h + where, y, mask=gl.expand_dims(n < INNER, 1))
 
 
 @gluon.jit
@@ -183,14 +210,19 @@ def _factors(topk_weights, slots, BM: gl.constexpr):
 
 
 @gluon.jit
-def _activated(g, ACTIVATION: gl.constexpr):
-    """As ``gpu/moe.py`` has it."""
-    if ACTIVATION == "silu":
-        g *= 1.0 / (1.0 + gl.exp(-g))
+def _gated(gate, up, alpha, limit, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr):
+    """act(gate) * up, as ``gpu/moe.py`` has it."""
+    if ACTIVATION == "swigluoai":
+        if LIMITED:
+            gate = gl.minimum(gate, limit)
+            up = gl.minimum(gl.maximum(up, -limit), limit)
+        y = (up + 1.0) * gate / (1.0 + gl.exp(-alpha * gate))
+    elif ACTIVATION == "silu":
+        y = gate / (1.0 + gl.exp(-gate)) * up
     elif ACTIVATION == "gelu":
-        g *= 0.5 + 0.5 * gl.erf(g * 0.7071067811865476)
+        y = gate * (0.5 + 0.5 * gl.erf(gate * 0.7071067811865476)) * up
     elif ACTIVATION == "gelu_tanh":
-        g *= 1.0 / (1.0 + gl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+        y = gate / (1.0 + gl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))) * up
     else:
-        g = gl.maximum(g, 0.0)
-    return g
+        y = gl.maximum(gate, 0.0) * up
+    return y
