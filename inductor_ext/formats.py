@@ -1,5 +1,5 @@
-"""The canonical forms of int4 and int8 weights, and the one table of bit orders and zero conventions from which every
-conversion is derived.
+"""The canonical forms of int4, int8 and MXFP4 weights, and the one table of bit orders and zero conventions from which
+every conversion is derived.
 
 Vocabulary: a *code* is a stored value of 4 bits (0..15) or 8, a *word* the integer that holds several codes, a *group*
 a run of K that shares one scale and one zero. Codes are numbered within a word from the low bits up, as in
@@ -121,6 +121,55 @@ class PackedInt8(PackedInt):
 def packed_int(codes: Tensor, scales: Tensor, zeros: Tensor | None = None, order: Tensor | None = None) -> PackedInt:
     """The canonical form that these tensors are: codes of 8 bits are bytes, of 4 bits words."""
     return (PackedInt8 if codes.dtype == torch.uint8 else PackedInt4)(codes, scales, zeros, order)
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""MXFP4's code -> value (OCP Microscaling Formats 1.0): a sign, two bits of exponent, one of mantissa."""
+MXFP4_GROUP = 32
+"""Neighbours along K that share a scale, in MXFP4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMxfp4:
+    """MXFP4 weights [*, N, K] in the canonical form: ``W[n, k] = E2M1[code[n, k]] * 2 ** (scale[n, k // 32] - 127)``.
+
+    codes: uint8 [*, N, K/2], the low nibble is the even k.
+    scales: uint8 [*, N, ceil(K / 32)], exponents in e8m0: 255 is NaN. The last group may be short.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def N(self) -> int:
+        return self.codes.shape[-2]
+
+    @property
+    def K(self) -> int:
+        return self.codes.shape[-1] * 2
+
+    @property
+    def group_size(self) -> int:
+        return MXFP4_GROUP
+
+    def blocks(self, elements: int = 1 << 22) -> Iterator[tuple[slice, PackedMxfp4]]:
+        """A weight [N, K] cut by rows, as ``PackedInt4.blocks``."""
+        step = max(1, elements // self.K)
+        for start in range(0, self.N, step):
+            rows = slice(start, start + step)
+            yield rows, PackedMxfp4(self.codes[rows], self.scales[rows])
+
+    def stored_codes(self) -> Tensor:
+        """uint8 [*, N, K]"""
+        return torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(-2)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[*, N, K] in ``dtype``: the exact value, rounded once (a code is exact in float32, and so is its product with
+        a power of two unless that overflows)."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = torch.tensor(E2M1, dtype=wide, device=self.codes.device)[self.stored_codes().int()]
+        scales = self.scales.view(torch.float8_e8m0fnu).to(torch.float32).to(wide).repeat_interleave(MXFP4_GROUP, -1)
+        return values.mul_(scales[..., : self.K]).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

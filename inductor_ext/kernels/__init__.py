@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt
+from inductor_ext.formats import PackedInt, PackedMxfp4
 from inductor_ext.kernels import table
 
 
@@ -60,7 +60,8 @@ class WeightKind:
     zeros: str
     """"none" (constant: 8, or 128 of 8 bits), "int" or "float"."""
     codes: str = "int4"
-    """Or "int8"."""
+    """Or "int8"; or "mxfp4": then the scales are e8m0 bytes (uint8), groups are 32 and the last may be short, zeros are
+    none."""
     order: bool = False
     """Act-order: columns are stored permuted."""
 
@@ -116,8 +117,11 @@ class MoeProblem:
     bias: bool
     expert_map: bool
     op: str = "moe"
+    """Or "moe_mxfp4", for weights of such codes."""
     batched: bool = False
     """Tokens come as [E, tokens, H], already sent to their experts, not as [T, H] with ids."""
+    fp8: bool = False
+    """Of moe_mxfp4: activations are rounded to fp8 by given scales before each projection (W4A8)."""
 
     @property
     def bits(self) -> int:
@@ -126,6 +130,7 @@ class MoeProblem:
     def __str__(self) -> str:
         zeros = {w.zeros for w in (self.w13, self.w2)} - {"none"}
         extras = [f"{kind} zeros" for kind in sorted(zeros)] or ["symmetric"]
+        extras = ["fp8 activations" if self.fp8 else "16-bit activations"] if self.op == "moe_mxfp4" else extras
         extras += [self.mlp.activation + ("" if self.mlp.gate_up == "halves" else f" ({self.mlp.gate_up})")]
         extras += ["bias"] if self.bias else []
         extras += ["expert_map"] if self.expert_map else []
@@ -259,6 +264,51 @@ class MoeKernel(Protocol):
         """
 
 
+class Mxfp4Kernel(Protocol):
+    """The functions that a kernel module for routed experts with MXFP4 weights has, for ``w4a16::moe_mxfp4`` (W4A16)
+    and ``w4a16::moe_gemm_a8w4`` (W4A8). As MoeKernel's, with these differences."""
+
+    NAME: str
+    CHECKS_WEIGHTS: bool
+
+    def usable(self) -> str | None: ...
+
+    def reject(self, problem: MoeProblem) -> str | None:
+        """H and I are any even numbers. What a kernel needs beyond that it pads itself, in ``pack`` or as it runs."""
+
+    def pack(self, canonical: PackedMxfp4, experts: int) -> Packed:
+        """codes [E*N, K/2], scales [E*N, ceil(K / 32)] -> Packed(qweight, scales, None, None), E in front."""
+
+    def unpack(self, packed: Packed, N: int, K: int, group_size: int) -> PackedMxfp4:
+        """The inverse of pack, without loss: codes [E*N, K/2]. The group size is always 32."""
+
+    def layout(self, packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout: ...
+
+    def run(
+        self,
+        x: Tensor,
+        routing: Routing,
+        w13: Packed,
+        w2: Packed,
+        w13_bias: Tensor | None,
+        w2_bias: Tensor | None,
+        mlp: Mlp,
+        intermediate_size: int,
+        input_scales: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """x [T, H] contiguous -> [T, H] in x's dtype.
+
+        input_scales: None is W4A16, and then all is as MoeKernel.run says. Else float32 scalars (any shape of one
+        element, on x's device: a GPU need not wait for their values) (s1, s2), and it computes
+
+            h = s1 * (fp8(x / s1) W13^T) + b13;  a = act(h);  y = s2 * (fp8(a / s2) W2^T) + b2
+
+        where fp8 is fp8.to_fp8 (e4m3, saturating, NaN stays NaN), a is not rounded before it, products are of the exact
+        values and sums are float32. With apply_router_weight_on_input x is multiplied by the weight before it is
+        rounded to fp8.
+        """
+
+
 def check_name(name: str) -> None:
     """Raises ValueError, naming the known ones, if no op has a kernel of this name."""
     if name not in table.names():
@@ -287,6 +337,11 @@ def unpack_experts(kernel: MoeKernel, packed: Packed, N: int, K: int, group_size
     unpack = getattr(kernel, "unpack_w13", kernel.unpack) if w13 else kernel.unpack
     canonical: PackedInt = unpack(packed, N, K, group_size)
     return canonical
+
+
+def load_mxfp4(name: str) -> Mxfp4Kernel:
+    """The module of this name for ``w4a16::moe_mxfp4`` and ``w4a16::moe_gemm_a8w4``. Raises as load_for."""
+    return cast(Mxfp4Kernel, load_for("moe_mxfp4", name))
 
 
 @functools.cache

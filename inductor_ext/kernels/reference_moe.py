@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt, packed_int
+from inductor_ext.formats import PackedInt, PackedMxfp4, packed_int
+from inductor_ext.fp8 import to_fp8
 from inductor_ext.kernels import Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.rows import rows
 from inductor_ext.ops.align import moe_align_block_size
@@ -53,7 +54,12 @@ def run(
     intermediate_size: int,
     group_sizes: tuple[int, int],
 ) -> Tensor:
-    experts = Experts(w13, w2, w13_bias, w2_bias, mlp)
+    return compute(x, routing, Experts(w13, w2, w13_bias, w2_bias, mlp))
+
+
+def compute(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """[T, H] in x's dtype."""
+    mlp = experts.mlp
     topk_weights, topk_ids = routing.topk_weights.float().contiguous(), rows(routing, experts.number)
     y = _slots(topk_ids, x.shape[1])
     for block in _blocks(x, topk_weights, topk_ids, experts.number):
@@ -135,6 +141,10 @@ def _sum(slots: Tensor, weights: Tensor | None, topk_ids: Tensor) -> Tensor:
 # -- one expert --------------------------------------------------------------------------------------------------------
 
 
+Weight = PackedInt | PackedMxfp4
+Scales = tuple[Tensor | None, Tensor | None]
+
+
 class Experts(NamedTuple):
     """The weights [E, N, ...] of all experts, in the canonical layout, and what is computed with them."""
 
@@ -143,6 +153,10 @@ class Experts(NamedTuple):
     w13_bias: Tensor | None
     w2_bias: Tensor | None
     mlp: Mlp
+    mxfp4: bool = False
+    """Codes are MXFP4's."""
+    input_scales: Scales = (None, None)
+    """By which x and act(h) are rounded to fp8, if they are."""
 
     @property
     def number(self) -> int:
@@ -154,30 +168,34 @@ class Experts(NamedTuple):
         def chosen(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.index_select(0, row)[0]
 
-        w13, w2 = (
-            packed_int(w.qweight.index_select(0, row)[0], w.scales.index_select(0, row)[0], chosen(w.zeros))
-            for w in (self.w13, self.w2)
-        )
-        return Expert(w13, w2, chosen(self.w13_bias), chosen(self.w2_bias), self.mlp)
+        def weight(w: Packed) -> Weight:
+            codes, scales = w.qweight.index_select(0, row)[0], w.scales.index_select(0, row)[0]
+            return PackedMxfp4(codes, scales) if self.mxfp4 else packed_int(codes, scales, chosen(w.zeros))
+
+        biases = chosen(self.w13_bias), chosen(self.w2_bias)
+        return Expert(weight(self.w13), weight(self.w2), *biases, self.mlp, self.input_scales)
 
 
 class Expert(NamedTuple):
     """One expert's MLP in float32, for rows x [B, H] with the router's weights [B, 1]."""
 
-    w13: PackedInt
-    w2: PackedInt
+    w13: Weight
+    w2: Weight
     w13_bias: Tensor | None
     w2_bias: Tensor | None
     mlp: Mlp
+    input_scales: Scales = (None, None)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """[B, H]: y, to which the router's weight is not yet applied, unless it belongs on the input."""
         x = x * weights if self.mlp.apply_router_weight_on_input else x
-        h = _times(x, self.w13, self.w13_bias)
-        return _times(activate(h, self.mlp), self.w2, self.w2_bias)
+        s1, s2 = self.input_scales
+        h = _times(x, self.w13, self.w13_bias, s1)
+        return _times(activate(h, self.mlp), self.w2, self.w2_bias, s2)
 
     def backward(self, x: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients [B, H] and [B, 1] of x and the weights, from that of the weighted y."""
+        """The gradients [B, H] and [B, 1] of x and the weights, from that of the weighted y. There are none through
+        fp8."""
         on_input = self.mlp.apply_router_weight_on_input
         h = _times(x * weights if on_input else x, self.w13, self.w13_bias)
         grad_y = grad if on_input else grad * weights
@@ -188,15 +206,17 @@ class Expert(NamedTuple):
         return grad_in, (grad * y).sum(1, keepdim=True)
 
 
-def _times(x: Tensor, weight: PackedInt, bias: Tensor | None) -> Tensor:
-    """x @ W^T + bias; the dequantised weight never exists as a whole."""
+def _times(x: Tensor, weight: Weight, bias: Tensor | None, input_scale: Tensor | None = None) -> Tensor:
+    """x @ W^T + bias, x rounded to fp8 if there is a scale for it; the dequantised weight never exists as a whole."""
+    x = x if input_scale is None else to_fp8(x, input_scale).float()
     out = torch.empty(x.shape[0], weight.N, dtype=torch.float32, device=x.device)
     for some, block in weight.blocks():
-        out[:, some] = F.linear(x, block.dequantize(), None if bias is None else bias[some].float())
-    return out
+        out[:, some] = F.linear(x, block.dequantize())
+    out = out if input_scale is None else out.mul_(input_scale.view(()))
+    return out if bias is None else out.add_(bias.float())
 
 
-def _back(grad: Tensor, weight: PackedInt) -> Tensor:
+def _back(grad: Tensor, weight: Weight) -> Tensor:
     """grad @ W."""
     out = torch.zeros(grad.shape[0], weight.K, dtype=torch.float32, device=grad.device)
     for some, block in weight.blocks():

@@ -4,6 +4,7 @@ implementation, autograd."""
 from inductor_ext.ops.align import moe_align_block_size
 from inductor_ext.ops.linear import linear
 from inductor_ext.ops.moe import moe
+from inductor_ext.ops.moe_mxfp4 import moe_gemm_a8w4, moe_mxfp4
 from inductor_ext.ops.rdna3 import gptq_gemm_rdna3, moe_gptq_gemm_rdna3
 from inductor_ext.ops.rdna3_wmma import gptq_gemm_rdna3_wmma, moe_gemm_w4a16
 from inductor_ext.ops.triton_gemm import triton_w4a16_gemm
@@ -14,7 +15,9 @@ __all__ = [
     "linear",
     "moe",
     "moe_align_block_size",
+    "moe_gemm_a8w4",
     "moe_gemm_w4a16",
     "moe_gptq_gemm_rdna3",
+    "moe_mxfp4",
     "triton_w4a16_gemm",
 ]
