@@ -139,7 +139,9 @@ class _Captured:
 
     def weight(self, layer: nn.Module) -> PackedInt4:
         """The layer's weight, proved. Raises NotProved."""
-        return self.recipe.prove([getattr(layer, name) for name in self.names])[0]
+        weight, _ = self.recipe.prove([getattr(layer, name) for name in self.names])
+        assert isinstance(weight, PackedInt4)
+        return weight
 
 
 class _Reader:

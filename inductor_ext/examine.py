@@ -110,6 +110,8 @@ def _examine(
     case = verdicts.Case(inner.program, tuple(sources), N, K)
     recipe, entry = verdicts.settle([case], case.recipe)
     device, kind = options.device or devices.of(sources[0].device), entry.kind
+    if kind.codes != "int4":
+        raise Refused("its weight is MXFP4, which is computed for routed experts only")
     problem = Problem(
         op="linear",
         device=device.type,

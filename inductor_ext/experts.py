@@ -55,6 +55,10 @@ def _examine(site: Site, routed: Routed, trained: set[fx.Node], options: Options
     dtype = computed_in(first)
     finding = routed.finding
     w13, w2 = _weight(site, region, finding.w13, True), _weight(site, region, (finding.w2,), False)
+    kinds = _kind(w13), _kind(w2)
+    if kinds[0].codes != kinds[1].codes:
+        raise Refused(f"its projections are of two kinds, {kinds[0].codes} and {kinds[1].codes}")
+    op = "moe" if kinds[0].codes == "int4" else "moe_mxfp4"
     device = options.device or devices.of(w13.sources[0].device)
     problem = MoeProblem(
         device=device.type,
@@ -64,15 +68,16 @@ def _examine(site: Site, routed: Routed, trained: set[fx.Node], options: Options
         top_k=region.top_k,
         H=region.hidden,
         I=finding.intermediate,
-        w13=_kind(w13),
-        w2=_kind(w2),
+        w13=kinds[0],
+        w2=kinds[1],
         mlp=finding.mlp,
         bias=bool(region.biases),
         expert_map=False,
+        op=op,
     )
     choice = chosen(problem, options)
     proof = " | ".join(f"{name}: {w.entry.proof}" for name, w in (("w13", w13), ("w2", w2)))
-    told = Rewritten(_where(region.cuts), "w4a16::moe", choice.kernel, str(problem), proof, choice.passed_over)
+    told = Rewritten(_where(region.cuts), f"w4a16::{op}", choice.kernel, str(problem), proof, choice.passed_over)
     return ProvedExperts(region.out, (w13, w2), choice.kernel, told, routed)
 
 
@@ -86,7 +91,7 @@ def _where(cuts: Sequence[Cut]) -> str:
 def _kind(weight: Weight) -> WeightKind:
     recipe, kind = weight.recipe, weight.entry.kind
     assert isinstance(recipe, ExpertRecipe)
-    return WeightKind(kind.scale_dtype, recipe.group_size, kind.zeros)
+    return WeightKind(kind.scale_dtype, recipe.group_size, kind.zeros, kind.codes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,6 +172,9 @@ class PackedMxfp4:
         return values.mul_(scales[..., : self.K]).to(dtype)
 
 
+Canonical = PackedInt4 | PackedMxfp4
+
+
 @dataclasses.dataclass(frozen=True)
 class BitOrder:
     """How a word of ``len(order)`` nibbles holds its codes: nibble i holds value ``order[i]`` of the word's run along

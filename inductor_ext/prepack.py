@@ -126,7 +126,7 @@ class Prepacked(nn.Module):
         else:
             device = self.packed_qweight.device
             leaves = [codes.to(device) if name == self._codes_name else getattr(self, name) for name in self._names]
-            packed = kernels.load(self._kernel).pack(self._recipe.reading.canonical(leaves))
+            packed = self._recipe.pack(self._kernel, self._recipe.canonical(leaves))
             for field, tensor in zip(Packed._fields, packed, strict=True):
                 setattr(self, f"packed_{field}", tensor)
 

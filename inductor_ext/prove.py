@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import Canonical, PackedInt4, PackedMxfp4
 from inductor_ext.patterns.cone import Computes
+from inductor_ext.patterns.mxfp4 import Mxfp4Reading
 from inductor_ext.patterns.reading import NotCanonical, Reading
 
 
@@ -37,7 +38,7 @@ ORDERS: dict[str, Order] = {
 }
 
 
-def prove(program: Computes, values: Sequence[Tensor], reading: Reading) -> tuple[PackedInt4, str]:
+def prove(program: Computes, values: Sequence[Tensor], reading: Reading | Mxfp4Reading) -> tuple[Canonical, str]:
     """The canonical form of the real stored tensors, and in words how it was proved equal to the cone. Raises
     NotProved."""
     with torch.no_grad():
@@ -51,7 +52,28 @@ def prove(program: Computes, values: Sequence[Tensor], reading: Reading) -> tupl
         return canonical, _compare(weight, canonical)
 
 
-def _compare(weight: Tensor, canonical: PackedInt4) -> str:
+def _compare(weight: Tensor, canonical: Canonical) -> str:
+    how = _compare_int4(weight, canonical) if isinstance(canonical, PackedInt4) else _compare_mxfp4(weight, canonical)
+    return f"{how} in {str(weight.dtype).removeprefix('torch.')}, {weight.numel()} elements"
+
+
+def _compare_mxfp4(weight: Tensor, canonical: PackedMxfp4) -> str:
+    """The product is exact before it is rounded to the weight's dtype, so there is one order."""
+    for rows, block in canonical.blocks():
+        exact = block.dequantize(weight.dtype)
+        if not _same(exact, weight[rows]):
+            some = weight[rows]
+            n, k = divmod(
+                int(((exact != some) & ~(exact.isnan() & some.isnan())).flatten().int().argmax()), canonical.K
+            )
+            raise NotProved(
+                f"on the real weights element ({rows.start + n}, {k}) is {float(some[n, k]):g} where MXFP4's codes and"
+                f" scales give {float(exact[n, k]):g}"
+            )
+    return "bit-equal, e2m1 * 2^scale"
+
+
+def _compare_int4(weight: Tensor, canonical: PackedInt4) -> str:
     for name, order in ORDERS.items():  # a wrong order fails in the first block
         if all(_same(_value(block, order, weight.dtype), weight[rows]) for rows, block in canonical.blocks()):
             how = f"bit-equal, {name}"
@@ -60,7 +82,7 @@ def _compare(weight: Tensor, canonical: PackedInt4) -> str:
         if not all(_within_bound(weight[rows], block) for rows, block in canonical.blocks()):
             raise NotProved(_first_difference(weight, canonical))
         how = "each element within its own rounding bound"
-    return f"{how} in {str(weight.dtype).removeprefix('torch.')}, {weight.numel()} elements"
+    return how
 
 
 def _parts(block: PackedInt4) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from inductor_ext import kernels, prove
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import Canonical, PackedInt4, PackedMxfp4
 from inductor_ext.kernels import Packed
 from inductor_ext.patterns.cone import Computes
+from inductor_ext.patterns.mxfp4 import Mxfp4Reading
 from inductor_ext.patterns.reading import Reading
 
 
@@ -23,7 +24,7 @@ class Recipe:
     """Of one cone: the program to prove against, and the reading."""
 
     program: Computes
-    reading: Reading
+    reading: Reading | Mxfp4Reading
     token: str
     """Equal for recipes that read alike: the program's signature and the reading, as one string."""
 
@@ -36,14 +37,15 @@ class Recipe:
     def elements(self) -> int:
         return self.reading.N * self.reading.K
 
-    def prove(self, sources: Sequence[Tensor]) -> tuple[PackedInt4, str]:
+    def prove(self, sources: Sequence[Tensor]) -> tuple[Canonical, str]:
         """The canonical form, and in words how it was proved. Raises prove.NotProved."""
         return prove.prove(self.program, sources, self.reading)
 
-    def canonical(self, sources: Sequence[Tensor]) -> PackedInt4:
+    def canonical(self, sources: Sequence[Tensor]) -> Canonical:
         return self.reading.canonical(sources)
 
-    def pack(self, kernel: str, canonical: PackedInt4) -> Packed:
+    def pack(self, kernel: str, canonical: Canonical) -> Packed:
+        assert isinstance(canonical, PackedInt4)
         return kernels.load(kernel).pack(canonical)
 
 
@@ -83,21 +85,22 @@ class ExpertRecipe:
 
     @property
     def group_size(self) -> int:
-        reading = self.parts[0].reading
-        return reading.K // reading.groups
+        return self.parts[0].reading.group_size
 
-    def prove(self, sources: Sequence[Tensor]) -> tuple[PackedInt4, str]:
+    def prove(self, sources: Sequence[Tensor]) -> tuple[Canonical, str]:
         """The canonical form of all rows, and in words how it was proved. Raises prove.NotProved."""
         proved = [part.prove(some) for part, some in self._split(sources)]
         times = Counter(how for _, how in proved)
         told = (how if count == 1 else f"{count} times {how}" for how, count in times.items())
         return self._joined([canonical for canonical, _ in proved]), "; ".join(told)
 
-    def canonical(self, sources: Sequence[Tensor]) -> PackedInt4:
+    def canonical(self, sources: Sequence[Tensor]) -> Canonical:
         return self._joined([part.canonical(some) for part, some in self._split(sources)])
 
-    def pack(self, kernel: str, canonical: PackedInt4) -> Packed:
-        return kernels.pack_experts(kernels.load_moe(kernel), canonical, self.experts, self.w13)
+    def pack(self, kernel: str, canonical: Canonical) -> Packed:
+        mxfp4 = isinstance(canonical, PackedMxfp4)
+        module = kernels.load_mxfp4(kernel) if mxfp4 else kernels.load_moe(kernel)
+        return kernels.pack_experts(module, canonical, self.experts, self.w13)
 
     def _split(self, sources: Sequence[Tensor]) -> list[tuple[Recipe, Sequence[Tensor]]]:
         ends = [sum(self.counts[: i + 1]) for i in range(len(self.counts))]
@@ -105,7 +108,19 @@ class ExpertRecipe:
             (part, sources[end - count : end]) for part, count, end in zip(self.parts, self.counts, ends, strict=True)
         ]
 
-    def _joined(self, parts: Sequence[PackedInt4]) -> PackedInt4:
+    def _joined(self, parts: Sequence[Canonical]) -> Canonical:
+        int4 = [part for part in parts if isinstance(part, PackedInt4)]
+        mxfp4 = [part for part in parts if isinstance(part, PackedMxfp4)]
+        if int4 and mxfp4:
+            raise prove.NotProved("some of its projections are int4 and some MXFP4")
+        return self._joined_mxfp4(mxfp4) if mxfp4 else self._joined_int4(int4)
+
+    def _joined_mxfp4(self, parts: Sequence[PackedMxfp4]) -> PackedMxfp4:
+        if self.pieces == (Piece(0, 0, parts[0].N),):
+            return parts[0]
+        return PackedMxfp4(self._rows([part.codes for part in parts]), self._rows([part.scales for part in parts]))
+
+    def _joined_int4(self, parts: Sequence[PackedInt4]) -> PackedInt4:
         if any(part.order is not None for part in parts):
             raise prove.NotProved("its columns are stored permuted (act-order), which is not computed for experts")
         if self.pieces == (Piece(0, 0, parts[0].N),):

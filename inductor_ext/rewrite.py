@@ -11,7 +11,7 @@ from torch import fx
 
 from inductor_ext.capture import Site
 from inductor_ext.examine import Subclass, examine
-from inductor_ext.ops import linear, moe
+from inductor_ext.ops import linear, moe, moe_mxfp4
 from inductor_ext.options import Options
 from inductor_ext.patterns.anchors import meta
 from inductor_ext.patterns.cone import is_assertion, is_write
@@ -73,9 +73,13 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
     b13 = [_bias(graph, region, i, dtype, rows.taken) for i, rows in zip(finding.w13_bias, finding.w13, strict=False)]
     b13_all = None if not b13 else b13[0] if len(b13) == 1 else _call(graph, aten.cat.default, b13, 1)
     b2 = None if finding.w2_bias is None else _bias(graph, region, finding.w2_bias, dtype, slice(0, region.hidden))
-    sizes = (finding.intermediate, *p.group_sizes)
-    settings = (*sizes, *dataclasses.astuple(finding.mlp), -1, p.kernel)
-    new = graph.call_function(moe, (x, weights, ids, *w13, b13_all, *w2, b2, None, *settings))
+    mlp = (*dataclasses.astuple(finding.mlp), -1, p.kernel)
+    if p.rewritten.op == "w4a16::moe":
+        settings = (finding.intermediate, *p.group_sizes, *mlp)
+        new = graph.call_function(moe, (x, weights, ids, *w13, b13_all, *w2, b2, None, *settings))
+    else:
+        tensors = (x, weights, ids, *w13[:2], b13_all, *w2[:2], b2, None)
+        new = graph.call_function(moe_mxfp4, (*tensors, finding.intermediate, *mlp))
     _has(new, torch.empty_like(meta(x)))  # not called: the packed weights' fake tensors are of another mode
     new = _cast(graph, new, meta(out).dtype)
     if meta(out).dim() != 2:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from inductor_ext import prove, weights
 from inductor_ext.patterns.cone import Computes
+from inductor_ext.patterns.mxfp4 import Mxfp4Reading
 from inductor_ext.patterns.reading import Reading
 from inductor_ext.patterns.recognise import NotRecognised, recognise, roles
 from inductor_ext.proved import Refused
 from inductor_ext.recipes import ExpertRecipe, Recipe
 
-_VERDICTS: dict[str, Reading | str] = {}
+_VERDICTS: dict[str, Reading | Mxfp4Reading | str] = {}
 """Case signature -> its reading, or why it has none."""
 log = logging.getLogger("inductor_ext.verdicts")
 R = TypeVar("R", Recipe, ExpertRecipe)
@@ -49,7 +50,7 @@ class Case:
             raise Refused(verdict)
         return Recipe(self.program, verdict, f"{signed} {verdict!r}")
 
-    def _read(self) -> Reading | str:
+    def _read(self) -> Reading | Mxfp4Reading | str:
         try:
             return recognise(self.program, self.sources, self.N, self.K, self.experts)
         except NotRecognised as error:

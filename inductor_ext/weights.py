@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-from inductor_ext.formats import PackedInt4
+from inductor_ext.formats import Canonical, PackedMxfp4
 from inductor_ext.kernels import Packed
 from inductor_ext.recipes import ExpertRecipe, Recipe
 
@@ -29,6 +29,15 @@ class Kind:
     zeros: str
     """"none" (constant 8), "int" or "float"."""
     permuted: bool
+    codes: str = "int4"
+    """Or "mxfp4"."""
+
+    @classmethod
+    def of(cls, canonical: Canonical) -> Kind:
+        if isinstance(canonical, PackedMxfp4):
+            return cls(canonical.scales.dtype, "none", False, "mxfp4")
+        zeros = "none" if canonical.zeros is None else "int" if canonical.zeros.dtype == torch.uint8 else "float"
+        return cls(canonical.scales.dtype, zeros, canonical.order is not None)
 
 
 class Entry:
@@ -41,7 +50,7 @@ class Entry:
         )  # not the one that holds this entry
         self._recipe = recipe
         self._packs: dict[str, tuple[Packed, tuple[bool, ...]]] = {}  # and which of its tensors packing allocated
-        self._canonical: PackedInt4 | None = None
+        self._canonical: Canonical | None = None
         self.prove(sources)
 
     def is_of(self, sources: Sequence[Tensor]) -> bool:
@@ -51,8 +60,7 @@ class Entry:
         """Proves the stored tensors as they are now, and packs again what was packed. Raises prove.NotProved."""
         state, before = _state(sources), getattr(self, "kind", None)
         canonical, self.proof = self._recipe.prove(sources)
-        zeros = "none" if canonical.zeros is None else "int" if canonical.zeros.dtype == torch.uint8 else "float"
-        self.kind = Kind(canonical.scales.dtype, zeros, canonical.order is not None)
+        self.kind = Kind.of(canonical)
         if self.kind != before:
             self._packs.clear()
         for kernel, (packed, ours) in self._packs.items():
@@ -74,7 +82,7 @@ class Entry:
         """What ``pack`` gives, without the absent ones."""
         return tuple(t for t in self.pack(kernel, sources) if t is not None)
 
-    def _packed(self, kernel: str, canonical: PackedInt4) -> Packed:
+    def _packed(self, kernel: str, canonical: Canonical) -> Packed:
         packed = self._recipe.pack(kernel, canonical)
         # A tensor that needed no packing is held as an alias, so that the stored tensor itself can die.
         qweight, scales, zeros, order = (None if t is None else t.detach() for t in packed)

@@ -193,6 +193,10 @@ class Reading:
     zeros: Zeros
     index: Index | None
 
+    @property
+    def group_size(self) -> int:
+        return self.K // self.groups
+
     def canonical(self, leaves: Sequence[Tensor]) -> PackedInt4:
         """The canonical form of these stored tensors; parts that are canonical already are views of them. Raises
         NotCanonical."""

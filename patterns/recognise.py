@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from inductor_ext.patterns.cone import Computes
+from inductor_ext.patterns.mxfp4 import Mxfp4Reading, read_mxfp4
 from inductor_ext.patterns.reading import Codes, Index, Matrix, NotCanonical, Reading, Zeros, matrices
 from torch import Tensor
 
@@ -92,19 +93,26 @@ def _random_bits(leaf: Tensor, random: torch.Generator) -> Tensor:
     return drawn.view(leaf.dtype).reshape(leaf.shape).to(leaf.device)
 
 
-def recognise(program: Computes, values: Sequence[Tensor], N: int, K: int, experts: int = 1) -> Reading:
+def recognise(program: Computes, values: Sequence[Tensor], N: int, K: int, experts: int = 1) -> Reading | Mxfp4Reading:
     """The reading of a cone that computes [N, K], the rows of all experts if there are several. ``values`` are the
     leaves' stored tensors, of which only shapes, dtypes, tables and integer ranges are used.
 
     Raises NotRecognised.
     """
-    if K % 8 or N == 0 or K == 0:
-        raise NotRecognised(f"its K={K} is no multiple of 8")
-    attempts = list(roles(values, N, K, experts))
+    if N == 0 or K == 0:
+        raise NotRecognised(f"it is empty: [{N}, {K}]")
+    attempts = list(roles(values, N, K, experts)) if K % 8 == 0 else []
     for attempt in attempts:
         reading = _read(Probe(program, values, attempt, K), N, K)
         if reading is not None:
             return reading
+    mxfp4 = read_mxfp4(program, values, N, K, experts)
+    if isinstance(mxfp4, Mxfp4Reading):
+        return mxfp4
+    if K % 8:
+        raise NotRecognised(mxfp4 or f"its K={K} is no multiple of 8")
+    if mxfp4 is not None and not attempts:
+        raise NotRecognised(mxfp4)
     from inductor_ext.patterns.diagnose import diagnose  # only refusals need it
 
     raise NotRecognised(diagnose(program, values, attempts, N, K))
@@ -112,6 +120,8 @@ def recognise(program: Computes, values: Sequence[Tensor], N: int, K: int, exper
 
 def roles(values: Sequence[Tensor], N: int, K: int, experts: int = 1) -> Iterator[Roles]:
     """The assignments of roles to leaves that sizes and value ranges allow."""
+    if any(v.dtype == torch.float8_e8m0fnu for v in values):
+        return  # which no int4 weight has
     integers = [i for i, v in enumerate(values) if not v.dtype.is_floating_point]
     floats = [i for i, v in enumerate(values) if v.dtype.is_floating_point]
     for codes in (

@@ -325,9 +325,11 @@ def load_moe(name: str) -> MoeKernel:
     return cast(MoeKernel, load_for("moe", name))
 
 
-def pack_experts(kernel: MoeKernel, canonical: PackedInt, experts: int, w13: bool) -> Packed:
+def pack_experts(
+    kernel: MoeKernel | Mxfp4Kernel, canonical: PackedInt | PackedMxfp4, experts: int, w13: bool
+) -> Packed:
     """One projection in the kernel's layout. A kernel that has another layout for w13 has a ``pack_w13`` as well."""
-    pack = getattr(kernel, "pack_w13", kernel.pack) if w13 else kernel.pack
+    pack: Any = getattr(kernel, "pack_w13", kernel.pack) if w13 else kernel.pack
     packed: Packed = pack(canonical, experts)
     return packed
 
