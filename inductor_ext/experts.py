@@ -59,6 +59,10 @@ def _examine(site: Site, routed: Routed, trained: set[fx.Node], options: Options
     if kinds[0].codes != kinds[1].codes:
         raise Refused(f"its projections are of two kinds, {kinds[0].codes} and {kinds[1].codes}")
     op = "moe" if kinds[0].codes == "int4" else "moe_mxfp4"
+    if routed.rounding is not None and op == "moe":
+        raise Refused("its activations are rounded to fp8, which is computed for MXFP4 weights only")
+    by_checkpoint, by_user = routed.rounding is not None, options.activation == "fp8"
+    fp8 = op == "moe_mxfp4" and (by_checkpoint or by_user)
     device = options.device or devices.of(w13.sources[0].device)
     problem = MoeProblem(
         device=device.type,
@@ -74,11 +78,15 @@ def _examine(site: Site, routed: Routed, trained: set[fx.Node], options: Options
         bias=bool(region.biases),
         expert_map=False,
         op=op,
+        fp8=fp8,
     )
     choice = chosen(problem, options)
     proof = " | ".join(f"{name}: {w.entry.proof}" for name, w in (("w13", w13), ("w2", w2)))
-    told = Rewritten(_where(region.cuts), f"w4a16::{op}", choice.kernel, str(problem), proof, choice.passed_over)
-    return ProvedExperts(region.out, (w13, w2), choice.kernel, told, routed)
+    if fp8:
+        proof += f" | fp8 by {'the input scales of the model' if by_checkpoint else 'w4a16.activation, scales 1'}"
+    called = f"w4a16::{'moe_gemm_a8w4' if fp8 else op}"
+    told = Rewritten(_where(region.cuts), called, choice.kernel, str(problem), proof, choice.passed_over)
+    return ProvedExperts(region.out, (w13, w2), choice.kernel, told, routed, fp8)
 
 
 def _where(cuts: Sequence[Cut]) -> str:

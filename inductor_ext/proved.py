@@ -74,10 +74,19 @@ class ProvedLinear(Proved):
 @dataclasses.dataclass(frozen=True)
 class ProvedExperts(Proved):
     routed: Routed
+    fp8: bool
+    """Activations are rounded to fp8."""
+
+    @property
+    def x(self) -> fx.Node:
+        """[.., H], not yet rounded."""
+        rounding = self.routed.rounding
+        return self.routed.region.x if rounding is None else rounding.x
 
     @property
     def inner(self) -> set[fx.Node]:
-        return super().inner | set(self.routed.region.nodes) - {self.node}
+        outside = {self.routed.region.x} - {self.x}  # the rounded x
+        return super().inner | outside | set(self.routed.region.nodes) - {self.node}
 
     @property
     def group_sizes(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import fx
 
 from inductor_ext.capture import Site
 from inductor_ext.examine import Subclass, examine
-from inductor_ext.ops import linear, moe, moe_mxfp4
+from inductor_ext.ops import linear, moe, moe_gemm_a8w4, moe_mxfp4
 from inductor_ext.options import Options
 from inductor_ext.patterns.anchors import meta
 from inductor_ext.patterns.cone import is_assertion, is_write
@@ -59,7 +59,7 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
     as the region did."""
     graph, region, finding = site.graph, p.routed.region, p.routed.finding
     dtype, out = meta(region.ups[0].readers[0]).dtype, region.out
-    x, ids, weights = (replaced.get(n, n) for n in (region.x, region.ids, region.weights))
+    x, ids, weights = (replaced.get(n, n) for n in (p.x, region.ids, region.weights))
     x = _cast(graph, _shaped(graph, x, [-1, region.hidden]), dtype)
     ids = _shaped(graph, ids, [-1, region.top_k])
     if region.repeats:
@@ -78,12 +78,13 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
         settings = (finding.intermediate, *p.group_sizes, *mlp)
         new = graph.call_function(moe, (x, weights, ids, *w13, b13_all, *w2, b2, None, *settings))
     else:
-        tensors = (x, weights, ids, *w13[:2], b13_all, *w2[:2], b2, None)
-        new = graph.call_function(moe_mxfp4, (*tensors, finding.intermediate, *mlp))
+        tensors = (x, weights, ids, *w13[:2], b13_all, *w2[:2], b2, None, *_input_scales(graph, p))
+        op = moe_gemm_a8w4 if p.fp8 else moe_mxfp4
+        new = graph.call_function(op, (*tensors, finding.intermediate, *mlp))
     _has(new, torch.empty_like(meta(x)))  # not called: the packed weights' fake tensors are of another mode
     new = _cast(graph, new, meta(out).dtype)
     if meta(out).dim() != 2:
-        new = _call(graph, aten.view_as.default, new, replaced.get(region.x, region.x))
+        new = _call(graph, aten.view_as.default, new, replaced.get(p.x, p.x))
     if region.base is not None:
         new = _call(graph, aten.add.Tensor, replaced.get(region.base, region.base), new)
     for key, value in out.meta.items():
@@ -92,6 +93,16 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
         for user in [user for user in alias.users if out < user]:
             user.replace_input_with(alias, new)
     _put(graph, out, new, replaced)
+
+
+def _input_scales(graph: fx.Graph, p: ProvedExperts) -> tuple[fx.Node, ...]:
+    """Of both projections, in W4A8."""
+    if p.routed.rounding is not None:
+        return p.routed.rounding.scales
+    if not p.fp8:
+        return ()
+    one = _call(graph, aten.full.default, [], 1.0, dtype=torch.float32, device=meta(p.x).device)
+    return one, one
 
 
 def _from_anywhere(graph: fx.Graph, ids: fx.Node, region: Region) -> fx.Node:

@@ -202,7 +202,8 @@ class Proposals:
     def _region(self, out: fx.Node, x: fx.Node, ids: fx.Node, weights: fx.Node) -> Region | None:
         base = self._base(out)
         inside = self._behind(out, self._cuts | {x, ids, weights} | ({base} if base is not None else set()))
-        ends = sorted(n for n in inside if n.op in ("placeholder", "get_attr") and not is_size(n))
+        scales = {n.args[1] for n in inside if name(n) == "round_to_fp8"}  # which a trial does without
+        ends = sorted(n for n in inside - scales if n.op in ("placeholder", "get_attr") and not is_size(n))
         unknown = next((n for n in ends if not self.is_stored(n)), None)
         if unknown is not None:
             self.refuse(2, f"its computation cannot be told from the routing: {unknown.name} takes part in it")
@@ -275,7 +276,7 @@ class Proposals:
 _MOVES = VIEWS | {
     *("index", "index_select", "repeat_interleave", "repeat", "expand", "expand_as", "clone", "contiguous", "gather"),
     *("to", "float", "half", "bfloat16", "type", "type_as", "_to_copy", "convert_element_type", "_unsafe_view", "tile"),
-    *("mul", "imul", "broadcast_to", "alias", "embedding", "mul_", "stack", "cat"),
+    *("mul", "imul", "broadcast_to", "alias", "embedding", "mul_", "stack", "cat", "round_to_fp8"),
 }
 _ZEROS = {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full"}
 

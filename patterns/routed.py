@@ -18,6 +18,7 @@ from inductor_ext.patterns.experts import Cut, find_groups
 from inductor_ext.patterns.flow import Flow
 from inductor_ext.patterns.meaning import CutRows, Finding, Meaning
 from inductor_ext.patterns.region import Proposals, Region, structure
+from inductor_ext.patterns.rounding import NotRounded, Rounding, rounding_of
 from inductor_ext.patterns.thresholds import why_not_these_clamps, why_not_tried
 from inductor_ext.patterns.trial import Trial, routings, stray_scores
 from torch import Tensor, fx
@@ -33,6 +34,8 @@ class Routed:
 
     region: Region
     finding: Finding
+    rounding: Rounding | None
+    """To fp8, of what its projections are given."""
 
 
 class Tensors(Protocol):
@@ -74,7 +77,10 @@ def _first(proposals: Proposals, flow: Flow, tensors: Tensors) -> Routed | None:
         if isinstance(finding, Finding):
             finding = why_not_these_clamps(region, proposals.ahead, finding.mlp) or finding
         if isinstance(finding, Finding):
-            return Routed(region, finding)
+            try:
+                return Routed(region, finding, rounding_of(region, flow, finding.mlp))
+            except NotRounded as reason:
+                finding = str(reason)
         proposals.refuse(4, finding)
     return None
 

@@ -1,7 +1,7 @@
-"""`inductor_ext.from_pretrained`: a transformers model from a W4A16 checkpoint, its int4 weights left packed.
+"""`inductor_ext.from_pretrained`: a transformers model from a W4A16 checkpoint, its 4-bit weights left packed.
 
 config.json -> plan (config.py) -> model without weights -> packed layers (modules.py) and experts (moe.py,
-stored_experts.py, experts.py) -> tensor by tensor (stream.py)
+stored_experts.py, mxfp4.py, experts.py) -> tensor by tensor (stream.py)
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 if TYPE_CHECKING:
     from inductor_ext.loader.config import Plan
     from inductor_ext.loader.modules import PackedLinear
+    from inductor_ext.loader.mxfp4 import Mxfp4Experts
     from inductor_ext.loader.names import Files
     from inductor_ext.loader.stored_experts import StoredExperts
+
+    Packed = PackedLinear | StoredExperts | Mxfp4Experts
 
 __all__ = ["find_folder", "from_pretrained"]
 
@@ -137,11 +140,11 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def _pack_layers(model: nn.Module, plan: Plan, files: Files) -> dict[str, PackedLinear | StoredExperts]:
+def _pack_layers(model: nn.Module, plan: Plan, files: Files) -> dict[str, Packed]:
     """Replaces the linear layers that the plan names, and the experts, and returns the new modules by path."""
     from inductor_ext.loader.modules import LAYERS
 
-    packed: dict[str, PackedLinear | StoredExperts] = dict(_packed_experts(model, plan, files))
+    packed: dict[str, Packed] = dict(_packed_experts(model, plan, files))
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             scheme = files.scheme(plan, path, {cls.__name__ for cls in type(module).__mro__})
@@ -157,7 +160,7 @@ def _pack_layers(model: nn.Module, plan: Plan, files: Files) -> dict[str, Packed
     return packed
 
 
-def _packed_experts(model: nn.Module, plan: Plan, files: Files) -> dict[str, StoredExperts]:
+def _packed_experts(model: nn.Module, plan: Plan, files: Files) -> dict[str, StoredExperts | Mxfp4Experts]:
     from inductor_ext.loader.config import SUPPORTED
     from inductor_ext.loader.moe import NotPackable, find_experts, pack_experts
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 SUPPORTED = (
     "Supported are dense decoder models and mixtures of experts with 4-bit integer weights and 16-bit activations, in"
     " these formats:"
-    " compressed-tensors 'pack-quantized' (strategy group or channel), GPTQ ('gptq', 'gptq_v2') and AWQ ('gemm')."
+    " compressed-tensors 'pack-quantized' (strategy group or channel), GPTQ ('gptq', 'gptq_v2') and AWQ ('gemm');"
+    " and gpt-oss with its experts in MXFP4, as OpenAI ('mxfp4') or AMD Quark ('quark') stores them."
 )
 
 
@@ -44,6 +45,18 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mxfp4:
+    """Of a checkpoint whose routed experts are MXFP4 and whose other layers are dense.
+
+    each: every expert is stored by itself (Quark), not all of a layer in one tensor (OpenAI).
+    input_scales: activations are rounded to fp8 by scales in the files.
+    """
+
+    each: bool
+    input_scales: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Which layers of a checkpoint are packed, and how.
 
@@ -51,11 +64,13 @@ class Plan:
     ignore: patterns of layers that stay dense, whatever the rules say.
     by_name: of the layers that a rule names, those are packed for which the files hold packed tensors: GPTQ and AWQ do
     not write down which layers they skipped.
+    mxfp4: how the routed experts are stored, if they are MXFP4; then there are no rules.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     by_name: bool = False
+    mxfp4: Mxfp4 | None = None
 
     def scheme(
         self, path: str, classes: Collection[str], stored: Collection[str], in_files: str | None = None
@@ -95,7 +110,13 @@ def read_plan(quantization: Mapping[str, Any] | None) -> Plan:
             "config.json has no quantization_config, so this is not an int4 checkpoint; load it with"
             f" transformers.AutoModelForCausalLM.from_pretrained. {SUPPORTED}"
         )
-    readers = {"compressed-tensors": _compressed_tensors, "gptq": _gptq, "awq": _awq}
+    readers = {
+        "compressed-tensors": _compressed_tensors,
+        "gptq": _gptq,
+        "awq": _awq,
+        "mxfp4": lambda _: Plan((), mxfp4=Mxfp4(each=False)),
+        "quark": _quark,
+    }
     method = quantization.get("quant_method")
     if method not in readers:
         _refuse(f"has quant_method {method!r}")
@@ -173,6 +194,32 @@ def _awq(quantization: Mapping[str, Any]) -> Plan:
     _require_4_bits(settings)
     scheme = Scheme(format="awq", group_size=_group_size(settings["group_size"]))
     return Plan((Rule("Linear", scheme),), _not_converted(quantization), by_name=True)
+
+
+def _quark(quantization: Mapping[str, Any]) -> Plan:
+    """AMD Quark's export of MXFP4 experts, W4A16 or W4A8. Which layers it left dense (`exclude`) the files show."""
+    _refuse_unless_empty(quantization, ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config"))
+    settings = quantization.get("global_quant_config") or {}
+    _refuse_unless_empty(settings, ("output_tensors", "bias"), where="global_quant_config: ")
+    _require_settings(
+        settings.get("weight"),
+        "weight",
+        {"dtype": ("fp4",), "qscheme": ("per_group",), "group_size": (32,), "scale_format": ("e8m0",)},
+    )
+    inputs = settings.get("input_tensors")
+    if inputs:
+        _require_settings(
+            inputs, "input_tensors", {"dtype": ("fp8_e4m3",), "qscheme": ("per_tensor",), "is_dynamic": (False, None)}
+        )
+    return Plan((), mxfp4=Mxfp4(each=True, input_scales=bool(inputs)))
+
+
+def _require_settings(found: Any, where: str, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    if not isinstance(found, Mapping):
+        _refuse(f"has {where} {found!r}")
+    for key, values in allowed.items():
+        if found.get(key) not in values:
+            _refuse(f"has {where} with {key} {found.get(key)!r}")
 
 
 def _matches(pattern: str, paths: Collection[str], classes: Collection[str]) -> bool:

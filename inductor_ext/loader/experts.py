@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer as one module whose int4 weights stay packed.
+"""The experts of a mixture-of-experts layer as one module whose weights stay packed.
 
 The forwards are plain PyTorch, which `torch.compile(model, backend="w4a16")` recognises as it would anybody's.
 """
@@ -28,28 +28,31 @@ class Canonical(NamedTuple):
     zeros: Tensor | None
 
 
-class PackedExperts(nn.Module):
-    """What every expert of a layer computes, down(act(gate(x)) * up(x)), and the weighted sum over a token's experts.
+class RoutedExperts(nn.Module):
+    """What every expert of a layer computes, down(act(gate_up(x))), and the weighted sum over a token's experts.
 
-    Buffers `gate_up_qweight`, `gate_up_scales`, `gate_up_zeros` and `down_qweight`, `down_scales`, `down_zeros`, as in
-    Canonical: gate_up [2I, H], the rows of all gates before those of all ups, and down [H, I], for hidden size H and
-    intermediate size I.
+    A subclass gives the weights, gate_up [2I, H] and down [H, I] for hidden size H and intermediate size I, and the
+    activation; perhaps biases, and rounding of what is multiplied with the weights.
     """
 
-    gate_up_scales: Tensor
-    down_scales: Tensor
+    num_experts: int
+    hidden_dim: int
 
-    def __init__(
-        self, act_fn: Callable[[Tensor], Tensor], gate_up: Canonical, down: Canonical, *, persistent: bool = True
-    ) -> None:
-        """act_fn: the model's own activation. persistent: whether `state_dict()` has the buffers."""
-        super().__init__()
-        self.act_fn = act_fn
-        self.num_experts = down.qweight.shape[0]
-        self.hidden_dim, self.intermediate_dim = down.qweight.shape[1], down.qweight.shape[2] * 8
-        for name, weight in (("gate_up", gate_up), ("down", down)):
-            for part, tensor in weight._asdict().items():
-                self.register_buffer(f"{name}_{part}", tensor, persistent=persistent)
+    def dequantize(self, projection: str, dtype: torch.dtype, experts: int | Tensor | None = None) -> Tensor:
+        """W [E, N, K] of "gate_up" or "down" in `dtype`; of one expert [N, K], of expert indices [S] [S, N, K]."""
+        raise NotImplementedError
+
+    def _act(self, h: Tensor) -> Tensor:
+        """[.., 2I] -> [.., I]."""
+        raise NotImplementedError
+
+    def _biased(self, projection: str, y: Tensor, experts: int | Tensor) -> Tensor:
+        """y [S, N] and the bias of one expert, or of indices [S]."""
+        return y
+
+    def _rounded(self, projection: str, x: Tensor) -> Tensor:
+        """What the projection is given in the place of x."""
+        return x
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -73,17 +76,6 @@ class PackedExperts(nn.Module):
         # Under torch.compile grouped_mm takes no other dtype.
         return self._gathered(hidden_states, top_k_index, top_k_weights)
 
-    def dequantize(self, projection: str, dtype: torch.dtype, experts: int | Tensor | None = None) -> Tensor:
-        """W [E, N, K] of "gate_up" or "down" in `dtype`; of one expert [N, K], of expert indices [S] [S, N, K].
-
-        (code - zero) * scale is computed in `dtype` if the scales have it, else in float32.
-        """
-        weight = Canonical(*(getattr(self, f"{projection}_{part}") for part in Canonical._fields))
-        if experts is not None:
-            zeros = None if weight.zeros is None else weight.zeros[experts]
-            weight = Canonical(weight.qweight[experts], weight.scales[experts], zeros)
-        return _dequantize(weight, dtype)
-
     # -- eager: one expert's weights at a time -------------------------------------------------------------------------
 
     def _selected(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -102,8 +94,9 @@ class PackedExperts(nn.Module):
         return torch.stack(out)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.dequantize("gate_up", x.dtype, expert)).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, self.dequantize("down", x.dtype, expert))
+        h = F.linear(self._rounded("gate_up", x), self.dequantize("gate_up", x.dtype, expert))
+        h = self._rounded("down", self._act(self._biased("gate_up", h, expert)))
+        return self._biased("down", F.linear(h, self.dequantize("down", x.dtype, expert)), expert)
 
     # -- compiled: forms without a branch on a value, spelled as transformers spells them ------------------------------
 
@@ -114,8 +107,9 @@ class PackedExperts(nn.Module):
         counts = torch.histc(counted, bins=self.num_experts, min=0, max=self.num_experts - 1)
         offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
         gate_up, down = (self.dequantize(name, x.dtype).transpose(-2, -1) for name in ("gate_up", "down"))
-        gate, up = F.grouped_mm(x[perm // top_k], gate_up, offs=offsets).chunk(2, dim=-1)
-        y = F.grouped_mm(self.act_fn(gate) * up, down, offs=offsets)
+        h = F.grouped_mm(self._rounded("gate_up", x)[perm // top_k], gate_up, offs=offsets)
+        h = self._rounded("down", self._act(self._biased("gate_up", h, sorted_ids)))
+        y = self._biased("down", F.grouped_mm(h, down, offs=offsets), sorted_ids)
         y = y * weights.reshape(-1)[perm].unsqueeze(-1)
         inverse = torch.empty_like(perm)
         inverse[perm] = torch.arange(perm.shape[0], device=x.device)
@@ -123,16 +117,52 @@ class PackedExperts(nn.Module):
 
     def _gathered(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         (tokens, top_k), flat = ids.shape, ids.reshape(-1)
-        rows = x.repeat_interleave(top_k, dim=0).unsqueeze(-1)
-        gate, up = torch.bmm(self.dequantize("gate_up", x.dtype, flat), rows).squeeze(-1).chunk(2, dim=-1)
-        y = torch.bmm(self.dequantize("down", x.dtype, flat), (self.act_fn(gate) * up).unsqueeze(-1)).squeeze(-1)
-        y = y * weights.reshape(-1).unsqueeze(-1)
+        rows = self._rounded("gate_up", x).repeat_interleave(top_k, dim=0).unsqueeze(-1)
+        h = torch.bmm(self.dequantize("gate_up", x.dtype, flat), rows).squeeze(-1)
+        h = self._rounded("down", self._act(self._biased("gate_up", h, flat)))
+        y = torch.bmm(self.dequantize("down", x.dtype, flat), h.unsqueeze(-1)).squeeze(-1)
+        y = self._biased("down", y, flat) * weights.reshape(-1).unsqueeze(-1)
         return y.view(tokens, top_k, self.hidden_dim).sum(dim=1).to(x.dtype)
 
     def _all(self, blocks: Tensor) -> Tensor:
         gate_up, down = (self.dequantize(name, blocks.dtype).transpose(-2, -1) for name in ("gate_up", "down"))
-        gate, up = torch.bmm(blocks, gate_up).chunk(2, dim=-1)
-        return torch.bmm(self.act_fn(gate) * up, down)
+        return torch.bmm(self._act(torch.bmm(blocks, gate_up)), down)
+
+
+class PackedExperts(RoutedExperts):
+    """down(act(gate(x)) * up(x)) with int4 weights.
+
+    Buffers `gate_up_qweight`, `gate_up_scales`, `gate_up_zeros` and `down_qweight`, `down_scales`, `down_zeros`, as in
+    Canonical: gate_up has the rows of all gates before those of all ups.
+    """
+
+    gate_up_scales: Tensor
+    down_scales: Tensor
+
+    def __init__(
+        self, act_fn: Callable[[Tensor], Tensor], gate_up: Canonical, down: Canonical, *, persistent: bool = True
+    ) -> None:
+        """act_fn: the model's own activation. persistent: whether `state_dict()` has the buffers."""
+        super().__init__()
+        self.act_fn = act_fn
+        self.num_experts = down.qweight.shape[0]
+        self.hidden_dim, self.intermediate_dim = down.qweight.shape[1], down.qweight.shape[2] * 8
+        for name, weight in (("gate_up", gate_up), ("down", down)):
+            for part, tensor in weight._asdict().items():
+                self.register_buffer(f"{name}_{part}", tensor, persistent=persistent)
+
+    def dequantize(self, projection: str, dtype: torch.dtype, experts: int | Tensor | None = None) -> Tensor:
+        """As RoutedExperts has it. (code - zero) * scale is computed in `dtype` if the scales have it, else in
+        float32."""
+        weight = Canonical(*(getattr(self, f"{projection}_{part}") for part in Canonical._fields))
+        if experts is not None:
+            zeros = None if weight.zeros is None else weight.zeros[experts]
+            weight = Canonical(weight.qweight[experts], weight.scales[experts], zeros)
+        return _dequantize(weight, dtype)
+
+    def _act(self, h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def extra_repr(self) -> str:
         groups = self.hidden_dim // self.gate_up_scales.shape[2], self.intermediate_dim // self.down_scales.shape[2]

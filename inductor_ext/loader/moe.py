@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from inductor_ext.loader.config import Plan, Scheme
+from inductor_ext.loader.config import Mxfp4, Plan, Scheme
 from inductor_ext.loader.experts import NAMES
 from inductor_ext.loader.modules import LAYERS, SCALE_DTYPES
+from inductor_ext.loader.mxfp4 import Mxfp4Experts, QuarkExperts, is_gpt_oss
 from inductor_ext.loader.names import Files
 from inductor_ext.loader.stored_experts import Projection, StoredExperts, lay_out
 
@@ -37,13 +38,15 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if holds_experts(module)}
 
 
-def pack_experts(path: str, module: Any, plan: Plan, files: Files) -> StoredExperts | None:
+def pack_experts(path: str, module: Any, plan: Plan, files: Files) -> StoredExperts | Mxfp4Experts | None:
     """The module that takes the place of the experts at `path`; None if the files hold them dense, as the model does.
 
     Raises NotPackable.
     """
     if f"{path}.down_proj" in files.stored:
         return None
+    if plan.mxfp4 is not None:
+        return _pack_mxfp4(path, module, plan.mxfp4, files)
     experts, hidden, intermediate = _sizes(module)
     names = _names(path, experts, files)
     gate, up, down = (_scheme(path, experts, name, plan, files) for name in names)
@@ -63,6 +66,23 @@ def pack_experts(path: str, module: Any, plan: Plan, files: Files) -> StoredExpe
     )
     scale_dtypes = {p.weight: _scale_dtype(path, experts, p, files) for p in projections}
     return StoredExperts(module.act_fn, experts, projections, scale_dtypes)
+
+
+def _pack_mxfp4(path: str, module: Any, how: Mxfp4, files: Files) -> Mxfp4Experts:
+    kind = type(module).__name__
+    if not is_gpt_oss(module):
+        raise NotPackable(f"and {kind} is not gpt-oss's experts, the only ones that are loaded in MXFP4")
+    try:
+        if not how.each:
+            return Mxfp4Experts(module)
+        first = files.stored.get(f"{path}.0.down_proj.input_scale")
+        if how.input_scales and first is None:
+            raise NotPackable(f"whose config.json has fp8 activations, and the files no {path}.0.down_proj.input_scale")
+        return QuarkExperts(module, first.shape if how.input_scales and first is not None else None)
+    except NotPackable:
+        raise
+    except ValueError as error:
+        raise NotPackable(f"which cannot be stored in MXFP4: {error}") from error
 
 
 def _sizes(module: Any) -> tuple[int, int, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inductor_ext.loader.config import Scheme
 from inductor_ext.loader.experts import Canonical, PackedExperts
+from inductor_ext.loader.filled import Filled
 from inductor_ext.loader.modules import LAYERS, PackedLinear
 
 
@@ -36,7 +36,7 @@ def lay_out(scheme: Scheme, n: int, k: int) -> PackedLinear:
     return layout
 
 
-class StoredExperts(PackedExperts):
+class StoredExperts(Filled, PackedExperts):
     """PackedExperts whose `state_dict()` has the files' tensors, such as "3.up_proj.qweight", in the format's layout.
 
     The buffers start on the meta device and are filled by `put`, then `settle`. Columns stand in the order of k: a
@@ -64,7 +64,6 @@ class StoredExperts(PackedExperts):
         self._faults: list[str] = []
 
     def declared(self) -> Iterator[tuple[str, Tensor]]:
-        """The name of every tensor in the files, within this module, and a meta tensor of its shape and dtype."""
         for expert in range(self.num_experts):
             for p in self._projections.values():
                 for leaf, like in p.layout.named_buffers():
@@ -72,7 +71,6 @@ class StoredExperts(PackedExperts):
                     yield f"{expert}.{p.name}.{leaf}", torch.empty(like.shape, dtype=dtype, device="meta")
 
     def put(self, name: str, stored: Tensor) -> None:
-        """Takes in a tensor of the files, one of `declared` by name, shape and dtype."""
         expert, p, leaf = self._find(name)
         if leaf not in p.layout.PARTS:
             self._faults += _contradictions(name, stored, p.layout)
@@ -85,21 +83,19 @@ class StoredExperts(PackedExperts):
         self._rows(buffer, expert, p).copy_(p.layout.to_canonical(leaf, stored))
 
     def get(self, name: str) -> Tensor:
-        """A tensor of the files as it was put in. May share memory with the buffers."""
         expert, p, leaf = self._find(name)
         if leaf not in p.layout.PARTS:
             return p.layout.implied()[leaf].to(self.down_scales.device)
         return p.layout.from_canonical(leaf, self._rows(f"{p.weight}_{p.layout.PARTS[leaf]}", expert, p))
 
     def settle(self) -> None:
-        """To be called when everything was put in. Zeros that are all 8 are the symmetric form, and need no memory."""
+        """Zeros that are all 8 are the symmetric form, and need no memory."""
         for weight in ("gate_up", "down"):
             zeros = getattr(self, f"{weight}_zeros")
             if zeros is not None and not zeros.is_meta and bool((zeros == 8).all()):
                 setattr(self, f"{weight}_zeros", None)
 
     def faults(self) -> list[str]:
-        """What is wrong with the values that were put in, as far as it can be told: a sentence each."""
         return self._faults
 
     def _find(self, name: str) -> tuple[int, Projection, str]:
@@ -113,40 +109,12 @@ class StoredExperts(PackedExperts):
             return part
         return torch.full_like(getattr(self, f"{p.weight}_scales")[expert, rows], 8, dtype=torch.uint8)
 
-    # -- the state dict ------------------------------------------------------------------------------------------------
+    def _home(self) -> Tensor:
+        return self.down_scales
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, like in self.declared():
-            destination[prefix + name] = like if self.down_scales.is_meta else self.get(name)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        declared, wrong = dict(self.declared()), []
-        given = {name: state_dict[prefix + name] for name in declared if prefix + name in state_dict}
-        for name, tensor in given.items():
-            like, (_, p, leaf) = declared[name], self._find(name)
-            if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-                needed = f"{like.dtype} {list(like.shape)} is needed"
-                wrong.append(f"{prefix}{name} is {tensor.dtype} {list(tensor.shape)}; {needed}.")
-            elif leaf not in p.layout.PARTS:
-                wrong += [f"{prefix[:-1]} {fault}." for fault in _contradictions(name, tensor, p.layout)]
-        if strict:
-            missing += [prefix + name for name in declared if name not in given]
-            ours = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
-            unexpected += [prefix + name for name in ours if name not in declared and name.split(".")[0] != "act_fn"]
-        errors += wrong
-        if not wrong:
-            for name, tensor in given.items():
-                self.put(name, tensor.to(self.down_scales.device))
-            self.settle()
+    def _contradictions(self, name: str, stored: Tensor) -> list[str]:
+        _, p, leaf = self._find(name)
+        return [] if leaf in p.layout.PARTS else _contradictions(name, stored, p.layout)
 
 
 def _empty(experts: int, rows: int, layout: PackedLinear, scale_dtype: torch.dtype) -> Canonical:

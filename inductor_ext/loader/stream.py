@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from inductor_ext.loader.filled import Filled
 from inductor_ext.loader.modules import SCALE_DTYPES, PackedLinear
-from inductor_ext.loader.stored_experts import StoredExperts
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Slot:
 
     def place(self, tensor: Tensor) -> None:
         """Puts a loaded tensor in the place of the meta tensor."""
-        if isinstance(self.module, StoredExperts):
+        if isinstance(self.module, Filled):
             self.module.put(self.leaf, tensor)
             return
         if isinstance(self.meta, nn.Parameter) and not isinstance(tensor, nn.Parameter):
@@ -108,11 +108,13 @@ def find_slots(model: nn.Module, in_float32: Iterable[str] = ()) -> dict[str, Sl
     """
     always = [re.compile(pattern.replace("*", ".*")) for pattern in in_float32]
     slots = {}
-    experts = {path: module for path, module in model.named_modules() if isinstance(module, StoredExperts)}
+    experts = {path: module for path, module in model.named_modules() if isinstance(module, Filled)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, *of_expert = name.rsplit(".", 3)
         if path in experts:
-            slots[name] = Slot(experts[path], ".".join(of_expert), tensor, (tensor.dtype,), None)
+            bias = of_expert[-1] == "bias"  # as of any layer, in the model's dtype
+            dtypes, cast = (tuple(FLOATS.values()), tensor.dtype) if bias else ((tensor.dtype,), None)
+            slots[name] = Slot(experts[path], ".".join(of_expert), tensor, dtypes, cast)
             continue
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -167,7 +169,7 @@ def fill(slots: Mapping[str, Slot], stored: Mapping[str, Stored], device: torch.
             held = [name for name in names if name in stored]
             _share([slots[name] for name in held], [slots[name] for name in names if name not in held])
     for module in {slot.module for slot in slots.values()}:
-        if isinstance(module, StoredExperts):
+        if isinstance(module, Filled):
             module.settle()
 
 

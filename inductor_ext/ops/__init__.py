@@ -2,6 +2,7 @@
 implementation, autograd."""
 
 from inductor_ext.ops.align import moe_align_block_size
+from inductor_ext.ops.fp8 import round_to_fp8
 from inductor_ext.ops.linear import linear
 from inductor_ext.ops.moe import moe
 from inductor_ext.ops.moe_mxfp4 import moe_gemm_a8w4, moe_mxfp4
@@ -19,5 +20,6 @@ __all__ = [
     "moe_gemm_w4a16",
     "moe_gptq_gemm_rdna3",
     "moe_mxfp4",
+    "round_to_fp8",
     "triton_w4a16_gemm",
 ]
