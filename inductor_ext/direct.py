@@ -16,8 +16,8 @@ aten = torch.ops.aten
 
 
 def call_directly(graph: fx.Graph) -> None:
-    """Replaces each ``w4a16::linear`` and ``w4a16::moe`` of the kernel "cpu" by the kernel's own op, where that can
-    take its arguments."""
+    """Replaces each ``w4a16::linear`` and op of routed experts of the kernel "cpu" by the kernel's own op, where that
+    can take its arguments."""
     for node in list(graph.nodes):
         if node.target == torch.ops.w4a16.linear.default:
             call = _named(node)
@@ -27,6 +27,11 @@ def call_directly(graph: fx.Graph) -> None:
             call = _named(node)
             if call["kernel"] == "cpu" and call["expert_map"] is None:
                 _replace(graph, node, torch.ops.w4a16_cpu.moe.default, _moe, call)
+        elif node.target in (torch.ops.w4a16.moe_mxfp4.default, torch.ops.w4a16.moe_gemm_a8w4.default):
+            call = _named(node)
+            whole = statically_known_true(call["x"].meta["val"].shape[1] % 32 == 0)
+            if call["kernel"] == "cpu" and call["expert_map"] is None and whole:
+                _replace(graph, node, torch.ops.w4a16_cpu.moe_mxfp4.default, _moe_mxfp4, call)
 
 
 def _linear(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
@@ -34,16 +39,27 @@ def _linear(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
     return (_contiguous(graph, call["x"]), *weight, call["bias"], call["group_size"])
 
 
-def _moe(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
+def _tokens(graph: fx.Graph, call: dict[str, Any]) -> tuple[fx.Node, ...]:
     weights = call["topk_weights"]
     if weights.meta["val"].dtype != torch.float32:
         weights = _call(graph, torch.ops.prims.convert_element_type.default, weights, torch.float32)
-    tokens = (_contiguous(graph, n) for n in (call["x"], weights, call["topk_ids"]))
+    return tuple(_contiguous(graph, n) for n in (call["x"], weights, call["topk_ids"]))
+
+
+_LAST = ("activation", "gate_up", "alpha", "limit", "apply_router_weight_on_input", "routed_scaling")
+
+
+def _moe_mxfp4(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
+    packed = (call[f"{projection}_{name}"] for projection in ("w13", "w2") for name in ("qweight", "scales", "bias"))
+    scales = (call.get(f"{projection}_input_scale") for projection in ("w13", "w2"))
+    return (*_tokens(graph, call), *packed, *scales, *(call[name] for name in _LAST))
+
+
+def _moe(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
     of = ("qweight", "scales", "zeros", "bias")
     packed = (call[f"{projection}_{name}"] for projection in ("w13", "w2") for name in of)
-    settings = ("w13_group_size", "w2_group_size", "activation", "gate_up", "alpha", "limit")
-    last = ("apply_router_weight_on_input", "routed_scaling")
-    return (*tokens, *packed, *(call[name] for name in (*settings, *last)))
+    settings = ("w13_group_size", "w2_group_size", *_LAST)
+    return (*_tokens(graph, call), *packed, *(call[name] for name in settings))
 
 
 def _named(node: fx.Node) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import rel_l2
 from moe_problems import OWED
 from torch import Tensor
@@ -152,12 +153,16 @@ class Mxfp4Experts:
 
     def _act(self, h: Tensor) -> Tensor:
         mlp = self.mlp
-        gate, up = h.chunk(2, dim=1) if mlp.gate_up == "halves" else (h[:, ::2], h[:, 1::2])
-        if mlp.activation == "silu":
-            return torch.nn.functional.silu(gate) * up
-        if mlp.limit is not None:
-            gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
-        return (up + 1) * gate * torch.sigmoid(mlp.alpha * gate)
+        if mlp.gate_up == "none":
+            gate, up = h, torch.ones_like(h)
+        else:
+            gate, up = h.chunk(2, dim=1) if mlp.gate_up == "halves" else (h[:, ::2], h[:, 1::2])
+        if mlp.activation == "swigluoai":
+            if mlp.limit is not None:
+                gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+            return (up + 1) * gate * torch.sigmoid(mlp.alpha * gate)
+        acts = {"silu": F.silu, "relu": F.relu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
+        return acts[mlp.activation](gate) * up
 
 
 def exact(experts: Mxfp4Experts, x: Tensor, weights: Tensor, ids: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import CompressedTensors, rel_l2
+from mxfp4_problems import Mxfp4Experts
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -156,3 +157,40 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     result.sum().backward()
     assert x.grad is not None
     assert rel_l2(x.grad, torch.ones(5, N).double() @ layer.dense()) <= 1e-5
+
+
+class Mxfp4(nn.Module):
+    """Experts in MXFP4 as a graph that holds the op already, in 16 bits or with fp8 activations."""
+
+    def __init__(self, dtype: torch.dtype, scales: tuple[float, float] | None, hidden: int) -> None:
+        super().__init__()
+        self.experts = Mxfp4Experts(E, hidden, I, dtype, input_scales=scales, kernel="cpu")
+        tensors, self.settings = self.experts.arguments()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"t{i}", tensor)
+        self.count, self.op = (
+            len(tensors),
+            torch.ops.w4a16.moe_mxfp4 if scales is None else torch.ops.w4a16.moe_gemm_a8w4,
+        )
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        result: Tensor = self.op(x, weights, ids, *(getattr(self, f"t{i}") for i in range(self.count)), **self.settings)
+        return result
+
+
+@pytest.mark.parametrize("scales", [None, (0.02, 0.05)], ids=["16 bit", "fp8"])
+def test_mxfp4(scales: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mxfp4(torch.bfloat16, scales, H)
+    x, weights, ids = model.experts.routed(6)
+    direct, ours = both(model, monkeypatch, x, weights.bfloat16(), ids)
+    assert torch.equal(direct, ours)
+
+
+def test_mxfp4_that_needs_filling_up_goes_through_our_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mxfp4(torch.bfloat16, None, H + 6)
+    given = model.experts.routed(6)
+    monkeypatch.setattr(passes, "DIRECT", True)
+    torch.compiler.reset()
+    with torch.no_grad():
+        y, (code,) = run_and_get_code(torch.compile(model, backend="w4a16", fullgraph=True), *given)
+    assert "torch.ops.w4a16_cpu." not in code and torch.equal(y, model(*given))

@@ -49,6 +49,19 @@ F act(Activation activation, F h) {
   return h * 0.5f * (erf + 1.0f);
 }
 
+// The nearest value of fp8 (e4m3), ties to even; beyond 448 it is 448. NaN for NaN.
+template <class F>
+F to_e4m3(F x) {
+  using Bits = decltype(x < x);
+  x = x > 448.0f ? F{} + 448.0f : x;
+  x = x < -448.0f ? F{} - 448.0f : x;
+  const Bits bits = (Bits)x;
+  const F normal = (F)((bits + 0x7ffff + (bits >> 20 & 1)) & ~0xfffff);
+  const F subnormal = (x + 24576.0f) - 24576.0f;  // whose last place is 2^-9
+  const F rounded = (x < 0.015625f) & (x > -0.015625f) ? subnormal : normal;
+  return x == x ? rounded : x;
+}
+
 // out[0..count) = act(h), or act(gate) * up where there is a gate. Reads and writes up to the next multiple of P::L.
 template <class P>
 void activate(const MoeCall& call, const float* h, const float* up, int64_t count, float* out) {

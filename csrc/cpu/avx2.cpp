@@ -26,7 +26,7 @@ struct Avx2 {
   static constexpr int L = 8, kUnits = 8, kDirectRows = 4, kPanelFrom = 12, kPanelRows = 4, kPanelVectors = 3;
   static constexpr int kMaxCols = kPanelVectors * L;
   static constexpr int direct_columns(int rows) { return rows == 1 ? 4 : 2; }
-  static constexpr bool kPairs = false;
+  static constexpr bool kPairs = false, kE2m1 = false;
   using F = __m256;
   using I = __m256i;
   using W = F;
@@ -90,6 +90,12 @@ struct Avx2 {
   static W decode(I words, int u, Z z) {
     return _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, 4 * u), _mm256_set1_epi32(15))), z);
   }
+  // The index of the look-up is three bits; the fourth is the sign.
+  static W decode_e2m1(I words, int u) {
+    const F magnitudes = _mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6);
+    const I code = _mm256_srli_epi32(words, 4 * u), sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(8)), 28);
+    return _mm256_xor_ps(_mm256_permutevar8x32_ps(magnitudes, code), _mm256_castsi256_ps(sign));
+  }
   static W load_unit(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
   static W broadcast_unit(const uint32_t* p) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(*p))); }
   static void store_unit(uint32_t* p, W w) { store(reinterpret_cast<float*>(p), w); }
@@ -100,7 +106,7 @@ struct Avx2 {
 }  // namespace
 
 void linear_avx2(const LinearCall& call) { linear<Avx2>(call); }
-void moe_avx2(const MoeCall& call) { moe<Avx2>(call); }
+void moe_avx2(const MoeCall& call) { call.mxfp4 ? moe<E2m1<Avx2>>(call) : moe<Avx2>(call); }
 
 }  // namespace w4a16_cpu
 

@@ -45,6 +45,10 @@ struct Avx512 : Avx512Base {
     if (Uniform) return _mm512_permutexvar_ps(index, z);
     return _mm512_sub_ps(_mm512_permutexvar_ps(index, codes()), z);
   }
+  static W decode_e2m1(I words, int u) {
+    const F values = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * u), values);
+  }
   static W load_unit(const uint32_t* p) { return load(reinterpret_cast<const float*>(p)); }
   static W broadcast_unit(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(*p))); }
   static void store_unit(uint32_t* p, W w) { store(reinterpret_cast<float*>(p), w); }
@@ -55,7 +59,7 @@ struct Avx512 : Avx512Base {
 }  // namespace
 
 void linear_avx512(const LinearCall& call) { linear<Avx512>(call); }
-void moe_avx512(const MoeCall& call) { moe<Avx512>(call); }
+void moe_avx512(const MoeCall& call) { call.mxfp4 ? moe<E2m1<Avx512>>(call) : moe<Avx512>(call); }
 
 }  // namespace w4a16_cpu
 

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512Base {
   static constexpr int L = 16;
+  static constexpr bool kE2m1 = false;
   using F = __m512;
   using I = __m512i;
 

@@ -35,6 +35,11 @@ alignas(64) const uint16_t kSigned[32] = {
     0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170,
     0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
 
+// The values of e2m1 in bfloat16, twice.
+alignas(64) const uint16_t kE2m1Values[32] = {
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+
 struct Avx512Bf16 : Avx512Base {
   static constexpr int kUnits = 4, kDirectRows = 6, kPanelFrom = 13, kPanelRows = 8, kPanelVectors = 3;
   static constexpr int kMaxCols = kPanelVectors * L;
@@ -63,6 +68,10 @@ struct Avx512Bf16 : Avx512Base {
     const I codes = _mm512_and_si512(index, _mm512_set1_epi32(0x000f000f));
     return _mm512_permutexvar_epi16(_mm512_sub_epi16(codes, z), _mm512_load_si512(kSigned));
   }
+  // The fifth bit of an index does not matter here either.
+  static W decode_e2m1(I words, int u) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi32(words, 4 * u), _mm512_load_si512(kE2m1Values));
+  }
   static W load_unit(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static W broadcast_unit(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int32_t>(*p)); }
   static void store_unit(uint32_t* p, W w) { _mm512_storeu_si512(p, w); }
@@ -80,6 +89,8 @@ void linear_avx512_bf16(const LinearCall& call) {
 }
 
 void moe_avx512_bf16(const MoeCall& call) {
+  // Values of fp8 are exact in bfloat16, whatever x was.
+  if (call.mxfp4) return call.fp8 || call.x_dtype == Dtype::bf16 ? moe<E2m1<Avx512Bf16>>(call) : moe_avx512(call);
   if (call.x_dtype == Dtype::bf16 && whole_zeros(call.w13) && whole_zeros(call.w2)) moe<Avx512Bf16>(call);
   else moe_avx512(call);
 }

@@ -6,15 +6,17 @@
 
 namespace w4a16_cpu {
 
-enum class Dtype { none, u8, bf16, f16, f32 };
+// e8m0: a byte b that stands for 2^(b - 127); 255 is NaN.
+enum class Dtype { none, u8, e8m0, bf16, f16, f32 };
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::u8 ? 1 : 2; }
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::u8 || dtype == Dtype::e8m0 ? 1 : 2; }
 
 inline const void* at(const void* base, Dtype dtype, int64_t index) {
   return static_cast<const char*>(base) + index * size_of(dtype);
 }
 
-// The value of row n at column k is (code[n, k] - zero[n, k / group]) * scale[n, k / group]; everything is contiguous.
+// The value of row n at column k is (code[n, k] - zero[n, k / group]) * scale[n, k / group]; everything is contiguous. With
+// scales in e8m0 it is e2m1(code) * scale, and there are no zeros: MXFP4.
 struct Weight {
   const int32_t* codes;  // [N, K/8], nibble i of word j is k = 8j + i
   const void* scales;    // [N, K/group]
@@ -64,6 +66,11 @@ struct MoeCall {
   float alpha, limit;    // of swigluoai; an infinite limit does not clamp
   bool weight_on_input;  // the weight goes into x[t], not into the sum
   float routed_scaling;
+  // MXFP4: w13 has `gates` * I rows; w2.K is I, rounded up to a whole group, with codes of 0 there.
+  bool mxfp4, fp8;
+  int64_t I;
+  // Before they are multiplied with a weight x and act(h) are divided by these and rounded to e4m3, if fp8; else they are 1.
+  float x_scale, h_scale;
 };
 
 // torch's own threads: body(begin, end, context) on disjoint ranges that cover 0..count. Raises what body raises.

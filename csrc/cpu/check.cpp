@@ -97,6 +97,30 @@ Weight WeightArguments::check(const char* columns, int64_t K, const std::vector<
   return weight;
 }
 
+Weight check_mxfp4(const std::string& prefix, const Tensor& codes, const Tensor& scales, const char* columns, int64_t K,
+                   const std::vector<int64_t>& rows) {
+  if (K <= 0 || K % 32 != 0) fail(columns, " must be a positive multiple of 32; it is ", K, ".");
+  const int64_t dim = rows.size() + 1;
+  std::vector<int64_t> bytes = rows, groups = rows;
+  bytes.push_back(K / 2);
+  groups.push_back(K / 32);
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"codes", codes}, {"scales", scales}}) {
+    check_layout(tensor, prefix + name, dim);
+    if (tensor.scalar_type() != ScalarType::Byte) fail_dtype(tensor, prefix + name, "uint8");
+  }
+  check_shape(codes, prefix + "codes", bytes, dim == 3 ? "[E, N, K/2]" : "[N, K/2]");
+  check_shape(scales, prefix + "scales", groups, dim == 3 ? "[E, N, K/32]" : "[N, K/32]");
+  if (reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 4 != 0) fail(prefix, "codes must lie at a multiple of 4 bytes.");
+  Weight weight{};
+  weight.codes = static_cast<const int32_t*>(codes.const_data_ptr());
+  weight.scales = scales.const_data_ptr();
+  weight.scale_dtype = Dtype::e8m0;
+  weight.N = rows.back();
+  weight.K = K;
+  weight.group = 32;
+  return weight;
+}
+
 const void* check_bias(const std::optional<Tensor>& bias, const std::string& name, const std::vector<int64_t>& sizes,
                        const char* meaning, Dtype x_dtype, Dtype& dtype) {
   if (!bias) return nullptr;

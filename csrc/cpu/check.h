@@ -47,6 +47,10 @@ struct WeightArguments {
   Weight check(const char* columns, int64_t K, const std::vector<int64_t>& rows) const;
 };
 
+// Codes and scales of experts' MXFP4 weights [E, N, K], K whole groups.
+Weight check_mxfp4(const std::string& prefix, const Tensor& codes, const Tensor& scales, const char* columns, int64_t K,
+                   const std::vector<int64_t>& rows);
+
 // A bias of these sizes, or none. Its dtype is left in `dtype`.
 const void* check_bias(const std::optional<Tensor>& bias, const std::string& name, const std::vector<int64_t>& sizes,
                        const char* meaning, Dtype x_dtype, Dtype& dtype);

@@ -105,12 +105,23 @@ class Items {
   int64_t ahead_, begin_ = 0, end_ = 0, coming_[kMost + 1];
 };
 
+// 2^(byte - 127), by its bits; 2^-127 is subnormal, and 255 NaN.
+template <class F>
+F power_of_two(F byte) {
+  using Bits = decltype(byte < byte);
+  const Bits b = __builtin_convertvector(byte, Bits);
+  const Bits bits = b << 23;
+  const Bits whole = b == 255 ? Bits{} + 0x7fc00000 : bits;
+  return (F)(b == 0 ? Bits{} + 0x00400000 : whole);
+}
+
 template <class P>
 typename P::F load_as_float(const void* p, Dtype dtype) {
   switch (dtype) {
     case Dtype::bf16: return P::load_bf16(static_cast<const uint16_t*>(p));
     case Dtype::f16: return P::load_f16(static_cast<const uint16_t*>(p));
     case Dtype::u8: return P::load_u8(static_cast<const uint8_t*>(p));
+    case Dtype::e8m0: return power_of_two(P::load_u8(static_cast<const uint8_t*>(p)));
     default: return P::load(static_cast<const float*>(p));
   }
 }
@@ -166,6 +177,7 @@ void load_groups(const Tile& tile, float* scale, float* zero) {
     run = tile.run(i);
     const int64_t begin = tile.row(i) * groups, count = run * groups;
     widen<P>(weight.scales, weight.scale_dtype, begin, count, scale);
+    if constexpr (P::kE2m1) continue;
     if (weight.zeros == nullptr) {
       for (int64_t j = 0; j < count; j += P::L) P::store(zero + j, P::encode_zeros(P::set1(8.0f)));
       continue;
@@ -179,6 +191,14 @@ void load_groups(const Tile& tile, float* scale, float* zero) {
     if (highest > 16) __atomic_store_n(weight.bad_zero, static_cast<int>(highest), __ATOMIC_RELAXED);
   }
 }
+
+// A policy whose codes are e2m1's values instead of integers: exact in bfloat16 as those are.
+template <class Base>
+struct E2m1 : Base {
+  static constexpr bool kE2m1 = true;
+  template <bool Uniform>
+  static typename Base::W decode(typename Base::I words, int u, typename Base::Z) { return Base::decode_e2m1(words, u); }
+};
 
 // `rows`, maybe none, in equal blocks of at most `most`; the last one may be smaller.
 struct Blocks {

@@ -69,6 +69,28 @@ struct Tokens {
   }
 };
 
+// values[0..count) / scale, in fp8's values. Reads and writes up to the next multiple of P::L.
+template <class P>
+void round_to_fp8(float* values, int64_t count, float scale) {
+  for (int64_t i = 0; i < count; i += P::L) P::store(values + i, to_e4m3(P::load(values + i) / P::set1(scale)));
+}
+
+// Row m of x in fp8's values. scratch: 2 (K + P::L) floats.
+template <class P>
+void lay_out_fp8_row(const MoeCall& call, int64_t m, Form form, float* scratch, uint32_t* row) {
+  const int64_t K = call.w13.K;
+  widen<P>(call.x, call.x_dtype, m * K, K, scratch);
+  round_to_fp8<P>(scratch, K, call.x_scale);
+  const void* values = scratch;
+  if constexpr (P::kPairs) {
+    uint16_t* narrow = reinterpret_cast<uint16_t*>(scratch + K + P::L);
+    for (int64_t i = 0; i < K; i += P::L) P::store_bf16(narrow + i, P::load(scratch + i));
+    values = narrow;
+  }
+  put_words<P>(form, values, 0, K / 8, row);
+  put_padding<P>(form, K, row);
+}
+
 // Sets the rows of x and h. units: room for T rows of x in each form; those that some task needs are made.
 template <class P>
 void lay_out_tokens(const Tokens<P>& tokens, uint32_t* const* units) {
@@ -83,15 +105,18 @@ void lay_out_tokens(const Tokens<P>& tokens, uint32_t* const* units) {
       needed[2 * t + form] = true;
       tokens.x_rows[s] = units[form] + t * row_units<P>(task.form, K);
       tokens.h_rows[s] = tokens.h + s * tokens.h_stride;
+      if (call.mxfp4 && call.I != call.w2.K) memset(tokens.h + s * tokens.h_stride, 0, tokens.h_stride * sizeof(uint32_t));
       put_padding<P>(task.form, call.w2.K, tokens.h + s * tokens.h_stride);
     }
   });
   run_parallel(2 * tokens.T, div_up(1 << 16, K), [&](int64_t begin, int64_t end) {
-    Buffer<float> scratch(K + P::L);
+    Buffer<float> scratch(2 * (K + P::L));
     for (int64_t i = begin; i < end; ++i) {
       const Form form = static_cast<Form>(i % 2);
       uint32_t* row = units[i % 2] + i / 2 * row_units<P>(form, K);
-      if (needed[i]) lay_out_row<P>(call.x, call.x_dtype, tokens.t0 + i / 2, K, form, scratch, row);
+      if (!needed[i]) continue;
+      if (call.fp8) lay_out_fp8_row<P>(call, tokens.t0 + i / 2, form, scratch, row);
+      else lay_out_row<P>(call.x, call.x_dtype, tokens.t0 + i / 2, K, form, scratch, row);
     }
   });
 }
@@ -132,7 +157,7 @@ struct Activate {
     const int64_t gates = call.gate_up == GateUp::none ? 1 : 2, count = tile.stored() / gates;
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t place = task.first + m0 + m;
-      const typename P::F weight = P::set1(call.weight_on_input ? tokens.weights[tokens.routing.pairs[place]] : 1.0f);
+      const typename P::F weight = P::set1(call.weight_on_input ? tokens.weights[tokens.routing.pairs[place]] : call.x_scale);
       for (int64_t i = 0; i < tile.columns; i += P::L)
         P::store(h + i, P::fma(P::load(sums + m * stride + i), weight, P::load(bias + i)));
       if (call.gate_up == GateUp::interleaved) {
@@ -144,6 +169,8 @@ struct Activate {
       } else {
         activate<P>(call, h, h + count, count, out);
       }
+      if (call.fp8) round_to_fp8<P>(out, count, call.h_scale);
+      for (int64_t i = count; i % 8 != 0; ++i) out[i] = 0.0f;  // to the end of a word
       keep(task.form, out, tile.n0 / gates, count, tokens.h + place * tokens.h_stride);
     }
   }
@@ -152,11 +179,11 @@ struct Activate {
     if constexpr (P::kPairs) {
       alignas(64) uint16_t rounded[kMost];
       for (int64_t i = 0; i < count; i += P::L) P::store_bf16(rounded + i, P::load(values + i));
-      put_words<P>(form, rounded, first / 8, count / 8, row);
+      put_words<P>(form, rounded, first / 8, div_up(count, 8), row);
     } else if (form == Form::panel) {
       memcpy(row + first, values, count * 4);  // units as they are; a tile need not be whole words
     } else {
-      put_words<P>(form, values, first / 8, count / 8, row);
+      put_words<P>(form, values, first / 8, div_up(count, 8), row);
     }
   }
 };
@@ -177,7 +204,7 @@ struct KeepTerms {
       const int64_t place = task.first + m0 + m;
       const typename P::F weight = P::set1(call.weight_on_input ? 1.0f : tokens.weights[tokens.routing.pairs[place]]);
       for (int64_t i = 0; i < tile.columns; i += P::L) {
-        const typename P::F y = P::add(P::load(sums + m * stride + i), P::load(bias + i));
+        const typename P::F y = P::fma(P::load(sums + m * stride + i), P::set1(call.h_scale), P::load(bias + i));
         P::store(terms + place * terms_stride + tile.n0 + i, P::fma(y, weight, P::zero()));
       }
     }

@@ -12,6 +12,7 @@ struct Portable {
   static constexpr int L = 4;                // lanes of a vector
   static constexpr int kUnits = 8;           // 32-bit units of x for one word of codes (8: float32, 4: pairs of bfloat16)
   static constexpr bool kPairs = false;      // whether units are pairs of bfloat16
+  static constexpr bool kE2m1 = false;       // whether codes are values of e2m1 (see E2m1)
   static constexpr int kDirectRows = 4;      // direct: rows of x at a time, and for so many
   static constexpr int direct_columns(int rows) { return rows == 1 ? 4 : 2; }  // rows of the weight: 1, 2, 4, 8 or 16
   static constexpr int kPanelFrom = 9;       // rows of x from which a panel pays
@@ -76,6 +77,12 @@ struct Portable {
   // Unit u of code - zero, exact.
   template <bool Uniform>
   static W decode(I words, int u, Z z) { return __builtin_convertvector((words >> 4 * u) & 15, F) - z; }
+  // Unit u of the values of e2m1.
+  static W decode_e2m1(I words, int u) {
+    const I code = words >> 4 * u, magnitude = code & 7;
+    const I bits = magnitude < 2 ? -magnitude & 0x3f000000 : (magnitude << 22) + 0x3f000000;  // 0 and 0.5 have no exponent
+    return (F)(bits | (code & 8) << 28);
+  }
   static W load_unit(const uint32_t* p) { return read<F>(p); }
   static W broadcast_unit(const uint32_t* p) { return set1(read<float>(p)); }
   static void store_unit(uint32_t* p, W w) { memcpy(p, &w, sizeof(w)); }
@@ -87,6 +94,6 @@ struct Portable {
 }  // namespace
 
 void linear_portable(const LinearCall& call) { linear<Portable>(call); }
-void moe_portable(const MoeCall& call) { moe<Portable>(call); }
+void moe_portable(const MoeCall& call) { call.mxfp4 ? moe<E2m1<Portable>>(call) : moe<Portable>(call); }
 
 }  // namespace w4a16_cpu

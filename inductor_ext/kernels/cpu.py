@@ -34,7 +34,8 @@ def usable() -> str | None:
         return f"The compiled library {found[0].name} cannot be loaded: {error}."
     # For graphs that call these ops themselves, which are made by our passes alone (see direct.py).
     torch.library.register_fake("w4a16_cpu::linear", lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0]))
-    torch.library.register_fake("w4a16_cpu::moe", lambda x, *rest: x.new_empty(x.shape))
+    for name in ("moe", "moe_mxfp4"):
+        torch.library.register_fake(f"w4a16_cpu::{name}", lambda x, *rest: x.new_empty(x.shape))
     return None
 
 

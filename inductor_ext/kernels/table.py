@@ -52,6 +52,7 @@ TABLE: tuple[Row, ...] = (
     Row("moe", "batched_marlin", _OTHERS + "batched_marlin", _CUDA, "BATCHED_MARLIN", package=_MARLIN, batched=True),
     Row("moe", "xpu", _OTHERS + "xpu_moe", ("xpu",), "XPU", package="vllm_xpu_kernels"),
     Row("moe", "reference", _OURS + "reference_moe", EVERYWHERE, "EMULATION", bits=(4, 8)),
+    Row("moe_mxfp4", "cpu", _OURS + "cpu_mxfp4", ("cpu",), "CPU"),
     Row("moe_mxfp4", "reference", _OURS + "reference_mxfp4", EVERYWHERE, "EMULATION"),
 )
 
