@@ -23,6 +23,10 @@ def call_directly(graph: fx.Graph) -> None:
             call = _named(node)
             if call["kernel"] == "cpu" and call["order"] is None:
                 _replace(graph, node, torch.ops.w4a16_cpu.linear.default, _linear, call)
+        elif node.target == torch.ops.w4a16.linear_mxfp4.default:
+            call = _named(node)
+            if call["kernel"] == "cpu" and statically_known_true(call["x"].meta["val"].shape[-1] % 32 == 0):
+                _replace(graph, node, torch.ops.w4a16_cpu.linear_mxfp4.default, _linear_mxfp4, call)
         elif node.target == torch.ops.w4a16.moe.default:
             call = _named(node)
             if call["kernel"] == "cpu" and call["expert_map"] is None:
@@ -37,6 +41,10 @@ def call_directly(graph: fx.Graph) -> None:
 def _linear(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
     weight = (call["qweight"], call["scales"], call["zeros"])
     return (_contiguous(graph, call["x"]), *weight, call["bias"], call["group_size"])
+
+
+def _linear_mxfp4(graph: fx.Graph, call: dict[str, Any]) -> tuple[Any, ...]:
+    return _contiguous(graph, call["x"]), call["qweight"], call["scales"], call["bias"]
 
 
 def _tokens(graph: fx.Graph, call: dict[str, Any]) -> tuple[fx.Node, ...]:

@@ -110,23 +110,23 @@ def _examine(
     case = verdicts.Case(inner.program, tuple(sources), N, K)
     recipe, entry = verdicts.settle([case], case.recipe)
     device, kind = options.device or devices.of(sources[0].device), entry.kind
-    if kind.codes != "int4":
-        raise Refused("its weight is MXFP4, which is computed for routed experts only")
+    op = "linear" if kind.codes == "int4" else "linear_mxfp4"
     problem = Problem(
-        op="linear",
+        op=op,
         device=device.type,
         arch=device.arch,
         dtype=dtype,
         scale_dtype=kind.scale_dtype,
         N=N,
         K=K,
-        group_size=K // recipe.reading.groups,
+        group_size=recipe.reading.group_size,
         zeros=kind.zeros,
         order=kind.permuted,
         bias=anchor.bias is not None,
+        codes=kind.codes,
     )
     choice = chosen(problem, options)
-    told = Rewritten(where(anchor.node), "w4a16::linear", choice.kernel, str(problem), entry.proof, choice.passed_over)
+    told = Rewritten(where(anchor.node), f"w4a16::{op}", choice.kernel, str(problem), entry.proof, choice.passed_over)
     weight = Weight(() if parts else inner.nodes, leaves, parts, tuple(sources), recipe, entry)
     return ProvedLinear(anchor.node, (weight,), choice.kernel, told, anchor)
 

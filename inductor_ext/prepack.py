@@ -184,6 +184,8 @@ def _captured(layer: Any) -> tuple[DynamoSite, ProvedLinear]:
         raise NotPrepacked(
             " ".join(reasons) or f"{sum(len(proved) for _, proved in found)} of its matmuls are int4, one is needed"
         )
+    if found[0][1][0].weight.entry.kind.codes == "mxfp4":
+        raise NotPrepacked("its weight is MXFP4, of which no kernel has a layout of its own")
     site, proved = found.pop()  # torch.compile keeps the backend, and with it this list
     return site, proved[0]
 

@@ -53,6 +53,8 @@ def problems(device: Device) -> dict[str, Problem | MoeProblem]:
     def experts(of: WeightKind, **changes: object) -> MoeProblem:
         return dataclasses.replace(moe, w13=of, w2=of, **changes)  # type: ignore[arg-type]
 
+    mxfp4, swiglu = WeightKind(torch.uint8, 32, "none", "mxfp4"), Mlp("swigluoai", "interleaved", limit=7.0)
+    gpt_oss = {"top_k": 4, "H": 2880, "I": 2880, "bias": True, "mlp": swiglu}
     half = {"dtype": torch.float16, "scale_dtype": torch.float16}
     return {
         "dense": dense,
@@ -68,6 +70,8 @@ def problems(device: Device) -> dict[str, Problem | MoeProblem]:
         "experts, GPTQ or AWQ with zeros": experts(WeightKind(torch.bfloat16, 128, "int")),
         "experts, groups of 32": experts(WeightKind(torch.bfloat16, 32, "none")),
         "experts with biases": experts(kind, bias=True, mlp=Mlp("swigluoai", "interleaved", limit=7.0)),
+        "experts in MXFP4 (gpt-oss)": experts(mxfp4, op="moe_mxfp4", **gpt_oss),
+        "experts in MXFP4, fp8 activations": experts(mxfp4, op="moe_mxfp4", fp8=True, **gpt_oss),
         "experts in parallel": experts(kind, E=16, expert_map=True),
         "experts, int8": experts(WeightKind(torch.bfloat16, 128, "none", "int8")),
     }

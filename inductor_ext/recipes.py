@@ -45,7 +45,9 @@ class Recipe:
         return self.reading.canonical(sources)
 
     def pack(self, kernel: str, canonical: Canonical) -> Packed:
-        assert isinstance(canonical, PackedInt4)
+        if isinstance(canonical, PackedMxfp4):
+            packed: Packed = kernels.load_linear_mxfp4(kernel).pack(canonical)
+            return packed
         return kernels.load(kernel).pack(canonical)
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from inductor_ext.capture import Site
 from inductor_ext.examine import Subclass, examine
-from inductor_ext.ops import linear, moe, moe_gemm_a8w4, moe_mxfp4
+from inductor_ext.ops import linear, linear_mxfp4, moe, moe_gemm_a8w4, moe_mxfp4
 from inductor_ext.options import Options
 from inductor_ext.patterns.anchors import meta
 from inductor_ext.patterns.cone import is_assertion, is_write
@@ -49,7 +49,11 @@ def _replace_linear(site: Site, p: ProvedLinear, replaced: dict[fx.Node, fx.Node
         for n in (p.anchor.x, p.anchor.bias)
     )
     assert x is not None
-    new = site.graph.call_function(linear, (x, *packed, bias, reading.N, reading.K // reading.groups, p.kernel))
+    if p.rewritten.op == "w4a16::linear":
+        arguments = (x, *packed, bias, reading.N, reading.group_size, p.kernel)
+        new = site.graph.call_function(linear, arguments)
+    else:
+        new = site.graph.call_function(linear_mxfp4, (x, *packed[:2], bias, reading.N, p.kernel))
     new.meta = dict(node.meta)
     _put(site.graph, node, new, replaced)
 

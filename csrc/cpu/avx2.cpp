@@ -105,7 +105,7 @@ struct Avx2 {
 
 }  // namespace
 
-void linear_avx2(const LinearCall& call) { linear<Avx2>(call); }
+void linear_avx2(const LinearCall& call) { call.weight.mxfp4() ? linear<E2m1<Avx2>>(call) : linear<Avx2>(call); }
 void moe_avx2(const MoeCall& call) { call.mxfp4 ? moe<E2m1<Avx2>>(call) : moe<Avx2>(call); }
 
 }  // namespace w4a16_cpu

@@ -58,7 +58,7 @@ struct Avx512 : Avx512Base {
 
 }  // namespace
 
-void linear_avx512(const LinearCall& call) { linear<Avx512>(call); }
+void linear_avx512(const LinearCall& call) { call.weight.mxfp4() ? linear<E2m1<Avx512>>(call) : linear<Avx512>(call); }
 void moe_avx512(const MoeCall& call) { call.mxfp4 ? moe<E2m1<Avx512>>(call) : moe<Avx512>(call); }
 
 }  // namespace w4a16_cpu

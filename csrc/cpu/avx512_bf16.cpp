@@ -84,7 +84,8 @@ bool whole_zeros(const Weight& weight) { return weight.zero_dtype == Dtype::none
 }  // namespace
 
 void linear_avx512_bf16(const LinearCall& call) {
-  if (call.x_dtype == Dtype::bf16 && whole_zeros(call.weight)) linear<Avx512Bf16>(call);
+  if (call.x_dtype == Dtype::bf16 && call.weight.mxfp4()) linear<E2m1<Avx512Bf16>>(call);
+  else if (call.x_dtype == Dtype::bf16 && whole_zeros(call.weight)) linear<Avx512Bf16>(call);
   else linear_avx512(call);
 }
 

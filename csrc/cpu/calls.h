@@ -26,6 +26,8 @@ struct Weight {
   int64_t partner;  // where not 0, row i and row partner + i belong together: a tile takes both
   int* bad_zero;    // set to a uint8 zero that is above 16, should one be met: the codes then cannot be trusted either
 
+  bool mxfp4() const { return scale_dtype == Dtype::e8m0; }
+
   Weight rows(int64_t first, int64_t count) const {
     Weight some = *this;
     some.codes += first * (K / 8);

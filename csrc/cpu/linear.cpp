@@ -1,4 +1,5 @@
-// The op `w4a16_cpu::linear`: checks every argument, then calls the code for the best instruction set of this machine.
+// The ops `w4a16_cpu::linear` and `linear_mxfp4`: they check every argument, then call the code for the best instruction set of
+// this machine.
 #include "check.h"
 #include "dispatch.h"
 
@@ -29,11 +30,34 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   return out;
 }
 
+Tensor linear_mxfp4(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& bias) {
+  check_x(x, "K");
+  check_layout(codes, "codes", 2);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const int64_t K = sizes.back(), N = codes.size(0);
+  sizes.back() = N;
+  LinearCall call{};
+  call.weight = check_mxfp4("", codes, scales, "K", K, {N});
+  call.x_dtype = dtype_of(x);
+  call.bias = check_bias(bias, "bias", {N}, "[N]", call.x_dtype, call.bias_dtype);
+  Tensor out = torch::stable::new_empty(x, sizes);
+  call.M = x.numel() / K;
+  if (call.M == 0 || N == 0) return out;
+  call.x = x.const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  chosen_isa().linear(call);
+  return out;
+}
+
 }  // namespace
 }  // namespace w4a16_cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(w4a16_cpu, m) {
   m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group_size) -> Tensor");
+  m.def("linear_mxfp4(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(w4a16_cpu, CPU, m) { m.impl("linear", TORCH_BOX(&w4a16_cpu::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(w4a16_cpu, CPU, m) {
+  m.impl("linear", TORCH_BOX(&w4a16_cpu::linear));
+  m.impl("linear_mxfp4", TORCH_BOX(&w4a16_cpu::linear_mxfp4));
+}

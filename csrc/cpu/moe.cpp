@@ -1,4 +1,5 @@
-// The ops `w4a16_cpu::moe` and `moe_mxfp4`: they check every argument, then call the code for the best instruction set of this machine.
+// The ops `w4a16_cpu::moe` and `moe_mxfp4`: they check every argument, then call the code for the best instruction set of this
+// machine.
 #include <cmath>
 
 #include "check.h"
@@ -144,10 +145,12 @@ Tensor moe_mxfp4(const Tensor& x, const Tensor& topk_weights, const Tensor& topk
   call.I = rows / gates;
   if (call.I == 0 || rows % gates != 0)
     fail("w13_codes must have ", gates, " rows for each of I; its shape is ", shape(w13_codes), ".");
-  if (call.gate_up == GateUp::halves && call.I % 8 != 0) fail("I must be a multiple of 8 with gate_up \"halves\"; it is ", call.I, ".");
+  if (call.gate_up == GateUp::halves && call.I % 8 != 0)
+    fail("I must be a multiple of 8 with gate_up \"halves\"; it is ", call.I, ".");
   call.w13 = check_mxfp4("w13_", w13_codes, w13_scales, "H", x.size(1), {E, rows});
   call.w13.partner = call.gate_up == GateUp::halves ? call.I : 0;
-  call.w2 = check_mxfp4("w2_", w2_codes, w2_scales, "I, rounded up to whole groups,", (call.I + 31) / 32 * 32, {E, w2_codes.size(1)});
+  const int64_t whole = (call.I + 31) / 32 * 32;
+  call.w2 = check_mxfp4("w2_", w2_codes, w2_scales, "I, rounded up to whole groups,", whole, {E, w2_codes.size(1)});
   if (x_scale.has_value() != h_scale.has_value()) fail("x_scale and h_scale go together.");
   if (x_scale) {
     if (call.weight_on_input) fail("the router's weight on the input does not go together with fp8.");

@@ -77,7 +77,7 @@ struct Portable {
   // Unit u of code - zero, exact.
   template <bool Uniform>
   static W decode(I words, int u, Z z) { return __builtin_convertvector((words >> 4 * u) & 15, F) - z; }
-  // Unit u of the values of e2m1.
+  // The same of e2m1's values.
   static W decode_e2m1(I words, int u) {
     const I code = words >> 4 * u, magnitude = code & 7;
     const I bits = magnitude < 2 ? -magnitude & 0x3f000000 : (magnitude << 22) + 0x3f000000;  // 0 and 0.5 have no exponent
@@ -93,7 +93,7 @@ struct Portable {
 
 }  // namespace
 
-void linear_portable(const LinearCall& call) { linear<Portable>(call); }
+void linear_portable(const LinearCall& call) { call.weight.mxfp4() ? linear<E2m1<Portable>>(call) : linear<Portable>(call); }
 void moe_portable(const MoeCall& call) { call.mxfp4 ? moe<E2m1<Portable>>(call) : moe<Portable>(call); }
 
 }  // namespace w4a16_cpu

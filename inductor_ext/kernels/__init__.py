@@ -20,7 +20,7 @@ class Problem:
     simulated."""
 
     op: str
-    """"linear"."""
+    """"linear", or "linear_mxfp4": scales are e8m0 bytes (uint8), groups 32, the last maybe short, and zeros none."""
     device: str
     """The torch device type: "cpu", "cuda" (NVIDIA and AMD), ..."""
     arch: str
@@ -37,7 +37,7 @@ class Problem:
     """Act-order: columns are stored permuted."""
     bias: bool
     codes: str = "int4"
-    """Or "int8"."""
+    """Or "int8", or "mxfp4" with that op."""
 
     @property
     def bits(self) -> int:
@@ -45,6 +45,7 @@ class Problem:
 
     def __str__(self) -> str:
         extras = [f"{self.zeros} zeros"] if self.zeros != "none" else ["symmetric"]
+        extras = ["MXFP4"] if self.op == "linear_mxfp4" else extras
         extras += ["act-order"] if self.order else []
         extras += ["bias"] if self.bias else []
         extras += ["int8"] if self.codes == "int8" else []
@@ -339,6 +340,11 @@ def unpack_experts(kernel: MoeKernel, packed: Packed, N: int, K: int, group_size
     unpack = getattr(kernel, "unpack_w13", kernel.unpack) if w13 else kernel.unpack
     canonical: PackedInt = unpack(packed, N, K, group_size)
     return canonical
+
+
+def load_linear_mxfp4(name: str) -> Any:
+    """The module of this name for ``w4a16::linear_mxfp4``: a Kernel, but of PackedMxfp4. Raises as load_for."""
+    return load_for("linear_mxfp4", name)
 
 
 def load_mxfp4(name: str) -> Mxfp4Kernel:

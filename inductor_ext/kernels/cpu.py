@@ -33,7 +33,10 @@ def usable() -> str | None:
     except OSError as error:
         return f"The compiled library {found[0].name} cannot be loaded: {error}."
     # For graphs that call these ops themselves, which are made by our passes alone (see direct.py).
-    torch.library.register_fake("w4a16_cpu::linear", lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0]))
+    for name in ("linear", "linear_mxfp4"):
+        torch.library.register_fake(
+            f"w4a16_cpu::{name}", lambda x, codes, *rest: x.new_empty(*x.shape[:-1], codes.shape[0])
+        )
     for name in ("moe", "moe_mxfp4"):
         torch.library.register_fake(f"w4a16_cpu::{name}", lambda x, *rest: x.new_empty(x.shape))
     return None

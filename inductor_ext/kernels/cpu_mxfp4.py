@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_ext.formats import MXFP4_GROUP, PackedMxfp4
-from inductor_ext.kernels import ACTIVATIONS, Expected, Layout, Mlp, MoeProblem, Packed, Routing, cpu
-from inductor_ext.kernels.pages import in_huge_pages
+from inductor_ext.kernels import ACTIVATIONS, Layout, Mlp, MoeProblem, Packed, Routing, cpu, cpu_linear_mxfp4
+from inductor_ext.kernels.canonical import of_experts
+from inductor_ext.kernels.cpu_linear_mxfp4 import whole_groups
 from inductor_ext.kernels.rows import rows
 
 NAME = "cpu"
@@ -44,13 +45,7 @@ def reject(problem: MoeProblem) -> str | None:
 
 
 def pack(weight: PackedMxfp4, experts: int) -> Packed:
-    codes, missing = weight.codes, -weight.K % MXFP4_GROUP
-    if missing:
-        codes = F.pad(codes, (0, missing // 2))
-    elif codes.data_ptr() % 4:  # a slice of a file: words are read
-        codes = codes.clone()
-    in_huge_pages(codes)
-    codes, scales = (t.unflatten(0, (experts, -1)) for t in (codes, weight.scales))
+    codes, scales = (t.unflatten(0, (experts, -1)) for t in (whole_groups(weight), weight.scales))
     return Packed(codes, scales, None, None)
 
 
@@ -60,11 +55,7 @@ def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedMxfp4:
 
 
 def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
-    if K % 2:
-        raise ValueError(f"K must be even, it is {K}.")
-    absent, groups = Expected((0,), (torch.uint8,)), -(-K // MXFP4_GROUP)
-    codes = Expected((E, N, groups * MXFP4_GROUP // 2), (torch.uint8,))
-    return Layout(codes, Expected((E, N, groups), (torch.uint8,)), absent, absent)
+    return of_experts(E, cpu_linear_mxfp4.layout(packed, N, K, group_size))
 
 
 def run(

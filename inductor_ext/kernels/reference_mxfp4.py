@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from inductor_ext.formats import MXFP4_GROUP, PackedMxfp4
-from inductor_ext.kernels import Expected, Layout, Mlp, MoeProblem, Packed, Routing
+from inductor_ext.formats import PackedMxfp4
+from inductor_ext.kernels import Layout, Mlp, MoeProblem, Packed, Routing
+from inductor_ext.kernels.canonical import of_experts
+from inductor_ext.kernels.reference_linear_mxfp4 import layout_of_width
 from inductor_ext.kernels.reference_moe import Experts, compute
 
 NAME = "reference"
@@ -31,11 +32,7 @@ def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedMxfp4:
 
 
 def layout(packed: Packed, E: int, N: int, K: int, group_size: int) -> Layout:
-    if K % 2:
-        raise ValueError(f"K must be even, it is {K}.")
-    absent = Expected((0,), (torch.uint8,))
-    groups = -(-K // MXFP4_GROUP)
-    return Layout(Expected((E, N, K // 2), (torch.uint8,)), Expected((E, N, groups), (torch.uint8,)), absent, absent)
+    return of_experts(E, layout_of_width(N, K, K))
 
 
 def run(

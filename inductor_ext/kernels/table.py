@@ -12,7 +12,7 @@ EVERYWHERE = ("everywhere",)
 
 class Row(NamedTuple):
     op: str
-    """Of the problems that it computes: "linear", "moe", "moe_mxfp4"."""
+    """Of the problems that it computes: "linear", "moe", "linear_mxfp4", "moe_mxfp4"."""
     name: str
     """What ``w4a16.kernel`` and the op's argument ``kernel`` call it."""
     module: str
@@ -52,6 +52,8 @@ TABLE: tuple[Row, ...] = (
     Row("moe", "batched_marlin", _OTHERS + "batched_marlin", _CUDA, "BATCHED_MARLIN", package=_MARLIN, batched=True),
     Row("moe", "xpu", _OTHERS + "xpu_moe", ("xpu",), "XPU", package="vllm_xpu_kernels"),
     Row("moe", "reference", _OURS + "reference_moe", EVERYWHERE, "EMULATION", bits=(4, 8)),
+    Row("linear_mxfp4", "cpu", _OURS + "cpu_linear_mxfp4", ("cpu",), "CPU"),
+    Row("linear_mxfp4", "reference", _OURS + "reference_linear_mxfp4", EVERYWHERE, "EMULATION"),
     Row("moe_mxfp4", "cpu", _OURS + "cpu_mxfp4", ("cpu",), "CPU"),
     Row("moe_mxfp4", "reference", _OURS + "reference_mxfp4", EVERYWHERE, "EMULATION"),
 )
