@@ -13,15 +13,15 @@ def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
     """float8_e4m3fn: x / scale, divided in float32, rounded once to the nearest (ties to even).
 
     scale: float32, one element. Values beyond +-448 and infinities become +-448, NaN stays NaN. e4m3fn has no infinity,
-    and its plain cast gives NaN beyond its range (OCP 8-bit Floating Point Specification 1.0, section 5.2, allows both
-    ways; torch's cast is the non-saturating one), so the clamp comes first, which lets NaN through.
+    and torch's cast gives NaN beyond its range (the OCP 8-bit Floating Point Specification 1.0 has a saturating and a
+    non-saturating conversion; torch's is the latter), so the clamp comes first, which lets NaN through.
     """
     return (x.float() / scale.view(())).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def native_dtype(arch: str) -> torch.dtype:
-    """The e4m3 that a device's matrix units take: e4m3fnuz on gfx942, e4m3fn elsewhere (AMD's table of data types by
-    architecture: gfx942 has the FNUZ types only, gfx950 and gfx12 the OCP ones).
+    """The e4m3 that a device's matrix units take: e4m3fnuz on gfx942, e4m3fn elsewhere (ROCm's documentation of data
+    types by architecture: MI300 has the FNUZ types only, gfx950 and gfx12 those of the OCP).
 
     The bits of an e4m3fn value mean half of it in e4m3fnuz, whose exponent bias is greater by one; but 0x80 is -0 in
     the one and NaN in the other. So ``to_fp8``'s values at twice the scale are those of a gfx942, once 0x80 is 0.

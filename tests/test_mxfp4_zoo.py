@@ -3,13 +3,18 @@ what only looks like it stays as it is."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from test_moe_zoo import OWED, check, named, without_inductor  # noqa: F401
+from torch import Tensor
 from torch.export import Dim, export
+from transformers import GptOssConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssMLP
 from zoo.base import distance, fresh
 from zoo_moe.base import Case, inputs
 from zoo_moe.mxfp4 import E8M0, NEGATIVES, POSITIVES, SHIFT, columns, spelled
@@ -40,6 +45,43 @@ def test_every_spelling_is_rewritten(case: Case, without_inductor: None) -> None
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
         check(case, dtype, (7, 1, 33))
+
+
+class Packed(GptOssExperts):
+    """transformers' experts, dequantised in every forward by transformers' own function."""
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        return convert_moe_packed_tensors(self.blocks_13, self.scales_13, dtype=torch.bfloat16)
+
+    @property
+    def down_proj(self) -> Tensor:
+        return convert_moe_packed_tensors(self.blocks_2, self.scales_2, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_transformers_own_block(implementation: str, without_inductor: None) -> None:  # noqa: F811
+    torch.manual_seed(0)
+    config = GptOssConfig(hidden_size=96, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2)
+    config._experts_implementation = implementation
+    block, E, H, I = GptOssMLP(config).to(torch.bfloat16).requires_grad_(False), 8, 96, 64  # noqa: E741
+    for parameter in block.parameters():
+        parameter.normal_(std=0.3)
+    experts: Any = block.experts
+    exact = copy.deepcopy(experts).float()
+    del experts.gate_up_proj, experts.down_proj
+    for name, N, K in (("13", 2 * I, H), ("2", H, I)):
+        experts.register_buffer(f"blocks_{name}", torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8))
+        experts.register_buffer(f"scales_{name}", torch.randint(120, 125, (E, N, K // 32), dtype=torch.uint8))
+    experts.__class__ = Packed
+    exact.gate_up_proj.copy_(experts.gate_up_proj)
+    exact.down_proj.copy_(experts.down_proj)
+    x = torch.randn(1, 33, H).bfloat16()
+    run: Any = torch.compile(block, backend="w4a16", fullgraph=True, options={"w4a16.strict": True})
+    y, (_, weights, ids) = run(x)[0], block.router(x.view(-1, H))
+    assert distance(y[0], exact(x[0].float(), ids, weights.float()).double()) <= OWED[torch.bfloat16]
+    (found,) = inductor_ext.explain(block, x).rewritten
+    assert (found.where, found.op) == ("experts", "w4a16::moe_mxfp4")
 
 
 def test_compiled_by_inductor_and_exported() -> None:

@@ -142,7 +142,7 @@ POSITIVES = [
     spelled("exponents", columns, EXPONENTS),
     spelled("arithmetic, gather packed", columns_of_packed, ARITHMETIC, core=True),
     spelled("table of pairs", columns, PAIRS_TABLE),
-    spelled("columns", transformers, COLUMNS, core=True),
+    spelled("columns", transformers, COLUMNS),
     spelled("words", columns, WORDS),
 ]
 
