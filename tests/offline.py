@@ -154,6 +154,8 @@ _TYPES = {
     torch.uint8: "u8",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.gpu import linear, planes, tuning
+from inductor_ext.kernels.gpu.hopper import launch as hopper
 
 NAME = "triton"
 CHECKS_WEIGHTS = False
@@ -97,70 +98,106 @@ def run(
     linear.require(x)
     if x.shape[0] == 0:
         return torch.empty_like(x)
+    pairs, E, H = routing.topk_ids.numel(), w13.qweight.shape[0], x.shape[1]
+    up, down = tuning.moe(pairs, E, H, intermediate_size, linear.arch_of(x.device))
+    many = tuning.hopper_moe(pairs, E) if hopper.can_experts(x, w13, w2, mlp, intermediate_size) else None
     with linear.on_device_of(x):
-        return _run(x, routing, w13, w2, w13_bias, w2_bias, mlp, intermediate_size, group_sizes)
+        return layer(
+            x,
+            routing,
+            _projection(up, w13, w13_bias, H, group_sizes[0], x),
+            _projection(down, w2, w2_bias, intermediate_size, group_sizes[1], x),
+            mlp,
+            intermediate_size,
+            None if many is None else Many(many, w13, w2, group_sizes),
+        )
 
 
-def _run(
+class Projection(NamedTuple):
+    """One projection's weights of E experts, as the kernels take them."""
+
+    config: tuning.MoeConfig
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    """Codes, scales, zeros."""
+    bias: Tensor | None
+    sizes: tuple[int, int, int, int]
+    """ROWS, STEPS, SCALE_ROWS, ZERO_ROWS: an expert's rows, and what a row of each tensor has in its layout."""
+    variant: dict[str, Any]
+    """What is known when the kernel is compiled."""
+
+
+class Many(NamedTuple):
+    """The weights as the kernels for many rows on a Hopper take them."""
+
+    configs: tuple[tuning.Hopper, tuning.Hopper]
+    w13: Packed
+    w2: Packed
+    group_sizes: tuple[int, int]
+
+
+def layer(
     x: Tensor,
     routing: Routing,
-    w13: Packed,
-    w2: Packed,
-    w13_bias: Tensor | None,
-    w2_bias: Tensor | None,
+    up: Projection,
+    down: Projection,
     mlp: Mlp,
     intermediate_size: int,
-    group_sizes: tuple[int, int],
+    many: Many | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    fp8: torch.dtype | None = None,
 ) -> Tensor:
+    """The launches. With ``scales`` x and h are rounded to e4m3 by them, and kept in the dtype ``fp8``."""
     from inductor_ext.kernels.gpu import moe
-    from inductor_ext.kernels.gpu.hopper import launch as hopper
     from inductor_ext.kernels.gpu.routing import route_kernel
     from inductor_ext.kernels.gpu.workspace import Sections, counters
 
-    (T, H), I, E = x.shape, intermediate_size, w13.qweight.shape[0]  # noqa: E741
+    (T, H), I, E = x.shape, intermediate_size, up.tensors[0].shape[0]  # noqa: E741
     k = routing.topk_ids.shape[1]
     pairs, device = T * k, x.device
     out = torch.empty_like(x)
     ids, weights = routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
-    up, down = tuning.moe(pairs, E, H, I, linear.arch_of(device))
-    many = tuning.hopper_moe(pairs, E) if hopper.can_experts(x, w13, w2, mlp, I) else None
-    BM, pairwise = (up.BM, up.PAIRWISE) if many is None else (many[0].BM, False)
+    BM, pairwise = (up.config.BM, up.config.PAIRWISE) if many is None else (many.configs[0].BM, False)
     blocks = pairs if pairwise else min(pairs, pairs // BM + min(E, pairs))
     # float32 up to where its traffic would count; rounded to x's dtype beyond (see MoeKernel.run).
     y_dtype = torch.float32 if pairs <= 8192 else x.dtype
     room = Sections(device)
-    h = room.take((pairs if many is None else blocks * BM, I), x.dtype)
+    h = room.take((pairs if many is None else blocks * BM, I), fp8 or x.dtype)
     y = room.take((pairs, H), y_dtype)
     slots, block_expert, total = (room.take((n,), torch.int32) for n in (blocks * BM, blocks, 1))
-    gathered = None if many is None else room.take((blocks * BM, H), x.dtype)
+    gathered = room.take((0 if many is None else blocks * BM, H), x.dtype)
+    quantised = room.take((T if scales else 0, H), fp8 or x.dtype)
     room.allocate()
     number, expert_map = routing.number, routing.expert_map
+    x_scale, h_scale = scales or (None, None)
+    if x_scale is not None:
+        moe.quantise_kernel[(-(-T * H // 1024),)](x, x_scale, quantised.get(), T * H, BLOCK=1024, num_warps=4)
+        x = quantised.get()
     if not pairwise:
         bins, chunk = 1 << E.bit_length(), min(4096, max(128, 1 << (pairs - 1).bit_length()))
         route_kernel[(E,)](
             ids, expert_map, slots.get(), block_expert.get(), total.get(), pairs, number, E,
             BINS=bins, BM=BM, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8,
         )  # fmt: skip
-    if many is not None and gathered is not None:
+    if many is not None:
         blocked = (weights, slots.get(), block_expert.get(), total.get())
         hopper.gather(x, blocked, k, BM, gathered.get())
-        hopper.up(many[0], gathered.get(), w13, w13_bias, blocked, mlp, group_sizes[0], h.get())
-        hopper.down(many[1], h.get(), w2, w2_bias, blocked, mlp, group_sizes[1], y.get())
+        hopper.up(many.configs[0], gathered.get(), many.w13, up.bias, blocked, mlp, many.group_sizes[0], h.get())
+        hopper.down(many.configs[1], h.get(), many.w2, down.bias, blocked, mlp, many.group_sizes[1], y.get())
     else:
         found = (weights, ids, expert_map, slots.get(), block_expert.get(), total.get())
         per_tile = 1 if mlp.gate_up == "none" else 2
-        moe.up_kernel[(-(-I * per_tile // up.BN), blocks)](
-            x, *_tensors(w13), w13_bias, *found, h.get(),
-            number, E, k, H, I, *_sizes(w13), mlp.alpha, mlp.limit or 0.0,
+        moe.up_kernel[(-(-I * per_tile // up.config.BN), blocks)](
+            x, *up.tensors, up.bias, *found, h.get(),
+            number, E, k, H, I, *up.sizes, mlp.alpha, mlp.limit or 0.0, x_scale, h_scale,
             GATE_UP=mlp.gate_up, ACTIVATION=mlp.activation, LIMITED=mlp.limit is not None,
-            ON_INPUT=mlp.apply_router_weight_on_input, **_variant(up, w13, H, group_sizes[0], x),
+            ON_INPUT=mlp.apply_router_weight_on_input, **up.variant,
         )  # fmt: skip
-        across = -(-H // down.BN)
+        across = -(-H // down.config.BN)
         arrived = counters(T * across, device) if pairwise else None
         moe.down_kernel[(across, blocks)](
-            h.get(), *_tensors(w2), w2_bias, *found, y.get(), out, arrived,
-            number, E, k, I, H, *_sizes(w2), mlp.routed_scaling,
-            ON_INPUT=mlp.apply_router_weight_on_input, **_variant(down, w2, I, group_sizes[1], x),
+            h.get(), *down.tensors, down.bias, *found, y.get(), out, arrived,
+            number, E, k, I, H, *down.sizes, mlp.routed_scaling, h_scale,
+            ON_INPUT=mlp.apply_router_weight_on_input, **down.variant,
         )  # fmt: skip
     if not pairwise:
         moe.add_up_kernel[(T, -(-H // 1024))](
@@ -169,22 +206,23 @@ def _run(
     return out
 
 
-def _tensors(packed: Packed) -> tuple[Tensor | None, ...]:
-    return (
-        packed.qweight,
-        linear.words(packed.scales),
-        None if packed.zeros is None else linear.words(packed.zeros),
-    )
-
-
-def _sizes(packed: Packed) -> tuple[int, int, int, int]:
-    """ROWS, STEPS, and how many rows of 32-bit words an expert's scales and zeros have."""
+def _projection(
+    config: tuning.MoeConfig, packed: Packed, bias: Tensor | None, K: int, group_size: int, x: Tensor
+) -> Projection:
+    zeros = packed.zeros
     _, down, across, _ = packed.qweight.shape
-    return down * planes.ROWS, across, packed.scales.shape[1], 0 if packed.zeros is None else packed.zeros.shape[1]
+    return Projection(
+        config,
+        (packed.qweight, linear.words(packed.scales), None if zeros is None else linear.words(zeros)),
+        bias,
+        (down * planes.ROWS, across, packed.scales.shape[1], 0 if zeros is None else zeros.shape[1]),
+        _variant(config, packed, K, group_size, x),
+    )
 
 
 def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, x: Tensor) -> dict[str, Any]:
     return {
+        "CODES": "int4",
         "PAIRWISE": config.PAIRWISE,
         "BN": config.BN,
         "BM": config.BM,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_ext.kernels.gpu.mainloop import accumulate, row_pointers
+from inductor_ext.kernels.gpu import fp4_mainloop, fp4_scaled, mainloop
+from inductor_ext.kernels.gpu.fp4 import round_to_e4m3
 from inductor_ext.kernels.gpu.routing import expert_of
 
 
@@ -33,8 +34,9 @@ def _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM: tl.conste
 @triton.jit
 def up_kernel(
     x, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, h,
-    NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, alpha, limit,
+    NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, alpha, limit, x_scale, h_scale,
     GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, ON_INPUT: tl.constexpr,
+    CODES: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -51,15 +53,10 @@ def up_kernel(
             row = tl.minimum(n0 * (BN // OUT) + i, ROWS - 1)
         e = expert.to(tl.int64)
         is_row = pair >= 0
-        acc = accumulate(
-            tl.zeros((BN, BM), tl.float32),
-            row_pointers(w + e * ROWS * STEPS * 64, row, STEPS, WIDTH),
-            scales + e * SCALE_ROWS * ROWS,
-            None if ZEROS == "none" else zeros + e * ZERO_ROWS * ROWS,
-            row, ROWS,
-            x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * HIDDEN, is_row[None, :],
-            HIDDEN, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
+        acc = _projected(
+            w, scales, zeros, e, row, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS,
+            x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * HIDDEN, is_row[None, :], HIDDEN, x_scale,
+            CODES, BN, BM, WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if ON_INPUT:
             acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
@@ -80,9 +77,51 @@ def up_kernel(
                 y = (up + 1.0) * gate * tl.sigmoid(alpha * gate)
             else:
                 y = _activated(gate, ACTIVATION) * up
+        if h_scale is not None:
+            y = round_to_e4m3(tl.div_rn(y, tl.load(h_scale)))
         n = n0 + tl.arange(0, OUT)
         where = pair.to(tl.int64)[None, :] * INNER + n[:, None]
         tl.store(h + where, y.to(h.dtype.element_ty), mask=is_row[None, :] & (n < INNER)[:, None])
+
+
+@triton.jit
+def _projected(
+    w, scales, zeros, e, row, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS,
+    x, is_row, K, x_scale,
+    CODES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, BM]: these rows of expert e's weight times x, and its scale if it has one. ``CODES`` says which of
+    the layouts the weight is in."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    if CODES == "int4":
+        acc = mainloop.accumulate(
+            acc,
+            mainloop.row_pointers(w + e * ROWS * STEPS * 64, row, STEPS, WIDTH),
+            scales + e * SCALE_ROWS * ROWS,
+            None if ZEROS == "none" else zeros + e * ZERO_ROWS * ROWS,
+            row, ROWS, x, is_row, K, 0, STEPS,
+            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
+        )  # fmt: skip
+    elif CODES == "e2m1 planes":
+        acc = fp4_mainloop.accumulate(
+            acc,
+            fp4_mainloop.row_pointers(w + e * ROWS * STEPS * 32, row, STEPS),
+            scales + e * SCALE_ROWS * ROWS,
+            row, ROWS, x, is_row, K, STEPS,
+            KIND, WHOLE, WIDE, STAGES, PTX,
+        )  # fmt: skip
+    else:
+        acc = fp4_scaled.accumulate(
+            acc,
+            w + e * ROWS * STEPS + row.to(tl.int64)[:, None] * STEPS,
+            scales + e * ROWS * SCALE_ROWS + row.to(tl.int64)[:, None] * SCALE_ROWS,
+            x, is_row, K, STEPS, SCALE_ROWS, WIDTH, WHOLE, STAGES,
+        )  # fmt: skip
+    if x_scale is not None:
+        acc *= tl.load(x_scale)
+    return acc
 
 
 @triton.jit
@@ -101,8 +140,9 @@ def _activated(g, ACTIVATION: tl.constexpr):
 @triton.jit
 def down_kernel(
     h, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, y, out, arrived,
-    NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, scaling,
+    NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, scaling, h_scale,
     ON_INPUT: tl.constexpr,
+    CODES: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -113,15 +153,10 @@ def down_kernel(
     if expert >= 0:
         e = expert.to(tl.int64)
         is_row = pair >= 0
-        acc = accumulate(
-            tl.zeros((BN, BM), tl.float32),
-            row_pointers(w + e * ROWS * STEPS * 64, n, STEPS, WIDTH),
-            scales + e * SCALE_ROWS * ROWS,
-            None if ZEROS == "none" else zeros + e * ZERO_ROWS * ROWS,
-            n, ROWS,
-            h + tl.maximum(pair, 0).to(tl.int64)[None, :] * INNER, is_row[None, :],
-            INNER, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
+        acc = _projected(
+            w, scales, zeros, e, tl.minimum(n, ROWS - 1), ROWS, STEPS, SCALE_ROWS, ZERO_ROWS,
+            h + tl.maximum(pair, 0).to(tl.int64)[None, :] * INNER, is_row[None, :], INNER, h_scale,
+            CODES, BN, BM, WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + e * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[:, None]
@@ -136,6 +171,14 @@ def down_kernel(
         if tl.atomic_add(mine, 1, sem="acq_rel") == TOP_K - 1:
             tl.store(mine, 0)
             _add_up(y, out, ids, expert_map, token, n, TOP_K, HIDDEN, NUMBER, E, scaling)
+
+
+@triton.jit
+def quantise_kernel(x, x_scale, quantised, COUNT, BLOCK: tl.constexpr):
+    """quantised = e4m3(x / scale), in a dtype that holds these numbers."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.div_rn(tl.load(x + i, mask=i < COUNT, other=0.0).to(tl.float32), tl.load(x_scale))
+    tl.store(quantised + i, round_to_e4m3(v).to(quantised.dtype.element_ty), mask=i < COUNT)
 
 
 @triton.jit

@@ -168,3 +168,38 @@ def hopper_moe(pairs: int, E: int) -> tuple[Hopper, Hopper] | None:
     if pairs < 48 * E:
         return None
     return Hopper(256, 128, 1, 4), Hopper(256, 128, 1, 4)
+
+
+def mxfp4(pairs: int, E: int, arch: str) -> tuple[MoeConfig, MoeConfig]:
+    """As ``moe``, for ``fp4_mainloop``. A step is 128 columns."""
+    each = pairs / E
+    pairwise = 4 * pairs <= E or pairs <= 8
+    if is_amd(arch):
+        BM = 16 if pairwise or each <= 8 else 32 if each <= 48 or arch.startswith("gfx1") else 64
+        config = MoeConfig(pairwise, 64, BM, 32, 2, BM // 4 if arch.startswith("gfx1") else 4)
+        return config, config
+    if pairwise or each <= 6:
+        return MoeConfig(pairwise, 64, 8, 32, 4, 2), MoeConfig(pairwise, 32 if pairwise else 64, 8, 32, 4, 2)
+    if each <= 12:
+        config = MoeConfig(False, 64, 16, 32, 4, 4)
+        return config, config
+    if each <= 48:
+        return MoeConfig(False, 128, 32, 32, 3, 8), MoeConfig(False, 64, 32, 32, 3, 4)
+    if each <= 96 or arch not in _ROOMY:
+        config = MoeConfig(False, 64, 64, 32, 3, 4)
+    else:
+        config = MoeConfig(False, 128, 128, 32, 3, 8)
+    return config, config
+
+
+def mxfp4_scaled(pairs: int, E: int, arch: str) -> tuple[MoeConfig, MoeConfig]:
+    """As ``moe``, for ``fp4_scaled``; WIDTH is the columns of a step."""
+    each = pairs / E
+    BM = 16 if each <= 16 else 32 if each <= 48 else 64 if each <= 96 or is_amd(arch) else 128
+    pairwise = 4 * pairs <= E or pairs <= 8
+    BN = 64 if BM == 16 else 128
+    if is_amd(arch):
+        config = MoeConfig(pairwise, BN, BM, 256, 2, 4)
+    else:
+        config = MoeConfig(pairwise, BN, BM, 64 if BM == 64 else 128, 3, 8 if BM == 128 else 4)
+    return config, config
