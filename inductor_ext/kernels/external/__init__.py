@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-PACKAGES = ("vllm", "sgl_kernel", "gptqmodel", "flashinfer", "vllm_xpu_kernels")
+PACKAGES = ("vllm", "sgl_kernel", "gptqmodel", "flashinfer", "vllm_xpu_kernels", "aiter")
 
 
 @functools.cache
