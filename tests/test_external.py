@@ -317,6 +317,26 @@ def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert xpu_moe.usable() == "vllm_xpu_kernels is not installed."
 
 
+def test_libraries_are_loaded_until_one_has_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of vLLM without the newer library has the op in the older one."""
+    name, library = "_C::marlin_gemm", torch.library.Library("_C", "FRAGMENT")
+    tried = []
+
+    def load(module: str) -> None:
+        tried.append(module)
+        if module == "vllm._C_stable_libtorch":
+            raise ImportError(module)
+        library.define(f"marlin_gemm({standins.DENSE[name]}) -> Tensor")
+
+    standins.module(monkeypatch, "vllm")
+    monkeypatch.setattr(marlin_ops.importlib, "import_module", load)
+    try:
+        assert marlin_ops.find(marlin_ops.DENSE, torch.float16) is torch.ops._C.marlin_gemm.default
+        assert tried == ["vllm._C_stable_libtorch", "vllm._C"]
+    finally:
+        library._destroy()
+
+
 def test_builds_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     standins.module(monkeypatch, "vllm._C")
     standins.module(monkeypatch, "flashinfer.fused_moe")
@@ -331,7 +351,7 @@ def test_versions_with_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         "Tensor a, Tensor? c_or_none, Tensor b_q_weight, Tensor b_scales, Tensor? b_zeros_or_none, Tensor workspace,"
     )
     older += " int b_q_type, SymInt size_m, SymInt size_n, SymInt size_k"
-    source = (marlin_ops.Source("vllm", "vllm._C", "_C::gptq_marlin_gemm"),)
+    source = (marlin_ops.Source("vllm", (), "_C::gptq_marlin_gemm"),)
     with standins.op("_C::gptq_marlin_gemm", older, standins.marlin_gemm):
         assert "takes no bias" in marlin_ops.find(source, torch.float16)
     with standins.op("_C::gptq_marlin_gemm", older + ", Tensor? b_bias, bool has_zp", standins.marlin_gemm):

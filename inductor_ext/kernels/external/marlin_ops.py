@@ -3,6 +3,7 @@ versions have more or less, so they are given by the names in the op's own schem
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -14,22 +15,23 @@ from torch import Tensor
 
 class Source(NamedTuple):
     package: str
-    module: str
-    """What registers the op when it is imported; empty if the package does so itself, when it first needs the op."""
+    modules: tuple[str, ...]
+    """What registers the op when it is imported, the newer name first; none if the package does so itself, when it
+    first needs the op."""
     op: str
     """namespace::name. "*" stands for fp16 or bf16, of the activations."""
 
 
 DENSE = (
-    Source("vllm", "vllm._C", "_C::marlin_gemm"),
-    Source("vllm", "vllm._C", "_C::gptq_marlin_gemm"),
-    Source("sgl_kernel", "sgl_kernel", "sgl_kernel::gptq_marlin_gemm"),
-    Source("gptqmodel", "", "gptqmodel_marlin_*::gptq_marlin_gemm_*"),
+    Source("vllm", ("vllm._C_stable_libtorch", "vllm._C"), "_C::marlin_gemm"),
+    Source("vllm", ("vllm._C",), "_C::gptq_marlin_gemm"),
+    Source("sgl_kernel", ("sgl_kernel",), "sgl_kernel::gptq_marlin_gemm"),
+    Source("gptqmodel", (), "gptqmodel_marlin_*::gptq_marlin_gemm_*"),
 )
 EXPERTS = (
-    Source("vllm", "vllm._moe_C", "_moe_C::moe_wna16_marlin_gemm"),
-    Source("sgl_kernel", "sgl_kernel", "sgl_kernel::moe_wna16_marlin_gemm"),
-    Source("gptqmodel", "", "gptqmodel_marlin_moe::moe_wna16_marlin_gemm"),
+    Source("vllm", ("vllm._moe_C_stable_libtorch", "vllm._moe_C"), "_moe_C::moe_wna16_marlin_gemm"),
+    Source("sgl_kernel", ("sgl_kernel",), "sgl_kernel::moe_wna16_marlin_gemm"),
+    Source("gptqmodel", (), "gptqmodel_marlin_moe::moe_wna16_marlin_gemm"),
 )
 
 _MEANING = {
@@ -112,16 +114,15 @@ def scalar_type(zeros: bool) -> int:
 
 def _op(source: Source, dtype: torch.dtype) -> Any | None:
     namespace, name = source.op.replace("*", "bf16" if dtype == torch.bfloat16 else "fp16").split("::")
-    for attempt in (False, True):
-        packet = getattr(getattr(torch.ops, namespace), name, None)
-        if packet is not None:
-            return packet.default
-        if attempt or not source.module or importlib.util.find_spec(source.package) is None:
-            return None
-        try:
-            importlib.import_module(source.module)
-        except ImportError:
-            return None
+    if (op := getattr(getattr(torch.ops, namespace), name, None)) is not None:
+        return op.default
+    if importlib.util.find_spec(source.package) is None:
+        return None
+    for module in source.modules:
+        with contextlib.suppress(ImportError, OSError):  # this build has another of them, or it does not load here
+            importlib.import_module(module)
+            if (op := getattr(getattr(torch.ops, namespace), name, None)) is not None:
+                return op.default
     return None
 
 
