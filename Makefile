@@ -28,7 +28,7 @@ GPU_INSTALL = $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --
 test-gpu:
 	$(GPU_INSTALL)
 	$(PYTHON) -m inductor_ext doctor
-	$(PYTHON) -m pytest tests/test_hip_*.py tests/test_gpu*.py tests/test_triton_gemm*.py tests/test_dense_numbers.py tests/test_moe_numbers.py tests/test_mxfp4_numbers.py
+	$(PYTHON) -m pytest tests/test_hip_*.py tests/test_gpu*.py tests/test_triton_gemm*.py tests/test_*_numbers.py
 	$(PYTHON) -m pytest -k gpu tests/test_rdna3_*.py
 
 bench-gpu:

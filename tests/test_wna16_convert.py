@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layouts import KINDS, same, values, weight
 from torch import Tensor
 
-from inductor_ext import kernels
+import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
 from inductor_ext.layouts import Experts, adjust, awq, gptq
 from inductor_ext.oracle import convert
 from inductor_ext.oracle.checkpoint import Checkpoint, checkpoint_of
@@ -214,20 +214,42 @@ def convert_to_canonical(w: Experts, how: Checkpoint) -> Experts:
 
 
 @pytest.mark.parametrize("backend", ["TRITON", "CPU", "EMULATION"])
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_eight_bits_there_and_back(backend: str, kind: str) -> None:
-    member, how = WNA16MoEBackend(backend), Checkpoint("gptq", 8)
-    w13, w2 = (int8(kind, 3, n, k, 32, n, 255) for n, k in ((128, 64), (64, 64)))
-    given_tensors = arguments(stored(w13, how), stored(w2, how))
-    call = lambda: convert.convert_to_wna16_moe_kernel_format(  # noqa: E731
-        member, None, how, torch.float32, **given_tensors
-    )
-    if (backend, kind) == ("TRITON", "asymmetric"):
-        with pytest.raises(ValueError, match="zeros must be None where codes have 8 bits"):
-            call()
-        return
-    for back, w in zip(convert.recovered(member, call(), w13, w2), (w13, w2), strict=True):
-        same(back, w)
+    member, how = WNA16MoEBackend(backend), Checkpoint("gptq", 8, desc_act=kind == "act-order")
+
+    @few
+    @given(E=numbers, G=st.sampled_from([32, 64, 128]), seed=seeds)
+    def check(E: int, G: int, seed: int) -> None:
+        w13, w2 = (int8(kind, E, n, k, G, seed + n, 255) for n, k in ((256, 256), (256, 128)))
+        given_tensors = arguments(stored(w13, how), stored(w2, how))
+        call = lambda: convert.convert_to_wna16_moe_kernel_format(  # noqa: E731
+            member, None, how, torch.float32, **given_tensors
+        )
+        if backend == "TRITON" and kind != "symmetric":
+            with pytest.raises(ValueError, match=r"^(zeros|order|bias) must be None"):
+                call()
+            return
+        canonical = [convert_to_canonical(w, how) for w in (w13, w2)]
+        for back, own, w in zip(convert.recovered(member, call(), *canonical), canonical, (w13, w2), strict=True):
+            same(back, own)
+            assert torch.equal(values(back), values(w))
+
+    check()
+
+
+def test_awq_without_zeros_is_no_checkpoint_of_awq() -> None:
+    w = weight("symmetric", 1, 64, 64, 32, 0)
+    given_tensors = arguments(awq.pack(w), awq.pack(w)) | {"w2_qzeros": None}
+    with pytest.raises(ValueError, match="qzeros must be given: AWQ's checkpoints have zeros"):
+        convert.convert_to_wna16_moe_kernel_format(
+            WNA16MoEBackend.EMULATION, None, Checkpoint("awq"), None, **given_tensors
+        )
+    ordered = arguments(gptq.pack(w), gptq.pack(w))
+    with pytest.raises(ValueError, match="g_idx must be given: the checkpoint is in act-order"):
+        convert.convert_to_wna16_moe_kernel_format(
+            WNA16MoEBackend.EMULATION, None, dataclasses.replace(GPTQ, desc_act=True), None, **ordered
+        )
 
 
 @pytest.mark.parametrize("backend", ["RDNA3", "RDNA3_WMMA", "MARLIN", "FLASHINFER_TRTLLM", "XPU"])
@@ -310,14 +332,17 @@ def test_a_rank_has_its_own_experts() -> None:
             adjust.local(weight("symmetric", 2, 8, 32, 32, 0), torch.tensor(wrong))
 
 
-def test_our_kernels_take_the_same_weights() -> None:
+@pytest.mark.parametrize("backend", [WNA16MoEBackend.CPU, WNA16MoEBackend.EMULATION])
+def test_our_kernels_take_the_same_weights(backend: WNA16MoEBackend) -> None:
     """What the op computes with the packed form is the product with the dequantised weights."""
+    (kernel,) = backend_to_kernel_cls(backend)
+    if (reason := kernel.usable()) is not None:
+        pytest.skip(reason)
     E, H, I = 4, 64, 128  # noqa: E741
     how = Checkpoint("awq")
     w13, w2 = (
         convert_to_canonical(weight("asymmetric", E, n, k, 32, n, torch.float32), how) for n, k in ((2 * I, H), (H, I))
     )
-    (kernel,) = backend_to_kernel_cls(WNA16MoEBackend.EMULATION)
     tensors = [t for w in (w13, w2) for t in (*convert.packed_for(kernel, w, w is w13)[:3], None)]
     x, weights, ids = torch.randn(3, H), torch.rand(3, 2), torch.tensor([[0, 1], [2, 3], [3, 1]])
     y = torch.ops.w4a16.moe(x, weights, ids, *tensors, None, I, 32, 32, kernel=kernel.NAME)
@@ -325,7 +350,6 @@ def test_our_kernels_take_the_same_weights() -> None:
     gate, up = torch.einsum("th,tknh->tkn", x.double(), a).chunk(2, -1)
     each = torch.einsum("tki,tkhi->tkh", torch.nn.functional.silu(gate) * up, b)
     torch.testing.assert_close(y.double(), (weights.double()[..., None] * each).sum(1), rtol=1e-4, atol=1e-2)
-    assert kernels.load_moe("reference") is kernel
 
 
 def test_the_field_s_quantisation_config() -> None:
