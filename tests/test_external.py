@@ -301,6 +301,23 @@ def test_ours_come_first_and_theirs_before_the_reference() -> None:
     assert oracle.choose(replace(SIZED, batched=True), "batched_marlin", elsewhere=True)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [("marlin", replace(PROBLEM, **H100)), ("marlin", SIZED), ("flashinfer", replace(SIZED, **B200))],
+)
+def test_theirs_are_taken_where_ours_are_not_there(kernel: str, problem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = (kernel, "reference")
+    monkeypatch.setattr(kernels, "why_unusable", lambda op, name: None if name in there else "Not here.")
+    choice = oracle.choose(problem)
+    assert choice.kernel == kernel
+    assert choice.passed_over["triton"] == "Not here."
+    monkeypatch.setattr(
+        kernels, "why_unusable", lambda op, name: "No such op in this build." if name == kernel else None
+    )
+    with pytest.raises(oracle.Required, match=f"{kernel}: No such op in this build"):
+        oracle.choose(problem, kernel)
+
+
 # -- not installed, not in this build, of another version --------------------------------------------------------------
 
 
