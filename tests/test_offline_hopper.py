@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from mxfp4_problems import GPT_OSS
 from offline import TARGETS, Facts, Recorder
 from test_offline_dense import K, N, packed
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Mlp, Packed, Routing
-from inductor_ext.kernels.gpu import experts, linear, moe, routing, tuning
+from inductor_ext.kernels.gpu import experts, linear, moe, mxfp4, routing, tuning
 from inductor_ext.kernels.gpu.hopper import dense, launch
 from inductor_ext.kernels.gpu.hopper import moe as many
 from inductor_ext.kernels.gpu.tuning import Hopper
@@ -94,6 +95,31 @@ def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path, mlp: Mlp) -> N
         check(kernels[name].compile("sm_90"), tmp_path)
     facts = kernels["gather_kernel"].compile("sm_90")
     assert facts.spills == 0 and facts.load_bytes("row = tl.load(x") == {16}
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["w4a16", "w4a8"])
+def test_mxfp4_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path, fp8: bool) -> None:
+    kernels = {name: Recorder(getattr(many, name)) for name in ("up_kernel", "down_kernel", "gather_kernel")}
+    for name, kernel in kernels.items():
+        on_a_hopper.setattr(many, name, kernel)
+    for module, name in ((routing, "route_kernel"), (moe, "add_up_kernel"), (moe, "quantise_kernel")):
+        on_a_hopper.setattr(module, name, Recorder(getattr(module, name)))
+    E, k, H = 32, 4, 2880
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def packed(N: int) -> Packed:
+        codes = empty(E, N // 64, 23, 2048, dtype=torch.int16)
+        return Packed(codes, empty(E, 23, N, 4, dtype=torch.uint8), None, None)
+
+    chosen = Routing(empty(4096, k), empty(4096, k, dtype=torch.int64), None, E)
+    biases = empty(E, 2 * H), empty(E, H)
+    scales = (empty(1), empty(1)) if fp8 else None
+    x = empty(4096, H, dtype=torch.bfloat16)
+    mxfp4.run(x, chosen, packed(2 * H), packed(H), *biases, GPT_OSS, H, scales)
+    for name in ("up_kernel", "down_kernel"):
+        check(kernels[name].compile("sm_90"), tmp_path)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 65, 129, 1000, 8191, 8192])

@@ -12,6 +12,7 @@ from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_unit
 
 from inductor_ext.kernels import Packed, Routing
 from inductor_ext.kernels.gpu import linear, moe, mxfp4, mxfp4_scaled, routing, tuning
+from inductor_ext.kernels.gpu.hopper import launch
 
 E, K, H, I = 32, 4, 2880, 2880  # noqa: E741
 
@@ -48,6 +49,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setattr(module, name, found[name])
         monkeypatch.setattr(linear, "arch_of", lambda device: target)
         monkeypatch.setattr(linear, "require", lambda x: None)
+        monkeypatch.setattr(launch, "can_fp4", lambda *given: False)  # test_offline_hopper.py has those
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")

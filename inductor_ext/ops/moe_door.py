@@ -97,7 +97,7 @@ def check(x: Tensor, call: Call, weights: bool = True) -> None:
         lambda: f"topk_weights must be [T, {k}] as topk_ids, it is {describe(call.topk_weights)}.",
     )
     if call.expert_map is not None:
-        check_tensor(call.op, "expert_map", call.expert_map, (idsdescribe(call),), (torch.int32,), x.device)
+        check_tensor(call.op, "expert_map", call.expert_map, (number_of_ids(call),), (torch.int32,), x.device)
 
 
 def _check_numbers(call: Call) -> None:
@@ -218,10 +218,10 @@ def rows13(call: Call) -> int:
     return call.intermediate_size * (1 if call.gate_up == "none" else 2)
 
 
-def idsdescribe(call: Call) -> int:
+def number_of_ids(call: Call) -> int:
     """How many ids there are."""
     return call.w13_qweight.shape[0] if call.global_num_experts == -1 else call.global_num_experts
 
 
 def routing(call: Call) -> Routing:
-    return Routing(call.topk_weights, call.topk_ids, call.expert_map, idsdescribe(call))
+    return Routing(call.topk_weights, call.topk_ids, call.expert_map, number_of_ids(call))

@@ -100,7 +100,11 @@ def run(
         return torch.empty_like(x)
     pairs, E, H = routing.topk_ids.numel(), w13.qweight.shape[0], x.shape[1]
     up, down = tuning.moe(pairs, E, H, intermediate_size, linear.arch_of(x.device))
-    many = tuning.hopper_moe(pairs, E) if hopper.can_experts(x, w13, w2, mlp, intermediate_size) else None
+    many, configs = None, tuning.hopper_moe(pairs, E)
+    if configs is not None and hopper.can_experts(x, w13, w2, mlp, intermediate_size):
+        sizes = ((H, group_sizes[0]), (intermediate_size, group_sizes[1]))
+        w13_many, w2_many = (hopper.int4(c, w, *size) for c, w, size in zip(configs, (w13, w2), sizes, strict=True))
+        many = w13_many, w2_many
     with linear.on_device_of(x):
         return layer(
             x,
@@ -109,7 +113,7 @@ def run(
             _projection(down, w2, w2_bias, intermediate_size, group_sizes[1], x),
             mlp,
             intermediate_size,
-            None if many is None else Many(many, w13, w2, group_sizes),
+            many=many,
         )
 
 
@@ -126,15 +130,6 @@ class Projection(NamedTuple):
     """What is known when the kernel is compiled."""
 
 
-class Many(NamedTuple):
-    """The weights as the kernels for many rows on a Hopper take them."""
-
-    configs: tuple[tuning.Hopper, tuning.Hopper]
-    w13: Packed
-    w2: Packed
-    group_sizes: tuple[int, int]
-
-
 def layer(
     x: Tensor,
     routing: Routing,
@@ -142,11 +137,13 @@ def layer(
     down: Projection,
     mlp: Mlp,
     intermediate_size: int,
-    many: Many | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     fp8: torch.dtype | None = None,
+    many: tuple[hopper.Weights, hopper.Weights] | None = None,
 ) -> Tensor:
-    """The launches. With ``scales`` x and h are rounded to e4m3 by them, and kept in the dtype ``fp8``."""
+    """The launches. With ``scales`` x and h are rounded to e4m3 by them, and kept in the dtype ``fp8``.
+
+    ``many``: by the kernels for Hoppers, from these weights."""
     from inductor_ext.kernels.gpu import moe
     from inductor_ext.kernels.gpu.routing import route_kernel
     from inductor_ext.kernels.gpu.workspace import Sections, counters
@@ -156,7 +153,7 @@ def layer(
     pairs, device = T * k, x.device
     out = torch.empty_like(x)
     ids, weights = routing.topk_ids.contiguous(), routing.topk_weights.contiguous()
-    BM, pairwise = (up.config.BM, up.config.PAIRWISE) if many is None else (many.configs[0].BM, False)
+    BM, pairwise = (up.config.BM, up.config.PAIRWISE) if many is None else (many[0].config.BM, False)
     blocks = pairs if pairwise else min(pairs, pairs // BM + min(E, pairs))
     # float32 up to where its traffic would count; rounded to x's dtype beyond (see MoeKernel.run).
     y_dtype = torch.float32 if pairs <= 8192 else x.dtype
@@ -164,8 +161,8 @@ def layer(
     h = room.take((pairs if many is None else blocks * BM, I), fp8 or x.dtype)
     y = room.take((pairs, H), y_dtype)
     slots, block_expert, total = (room.take((n,), torch.int32) for n in (blocks * BM, blocks, 1))
-    gathered = room.take((0 if many is None else blocks * BM, H), x.dtype)
-    quantised = room.take((T if scales else 0, H), fp8 or x.dtype)
+    quantised = room.take((T, H) if scales else (0,), fp8 or x.dtype)
+    gathered = None if many is None else room.take((blocks * BM, H), x.dtype)
     room.allocate()
     number, expert_map = routing.number, routing.expert_map
     x_scale, h_scale = scales or (None, None)
@@ -178,11 +175,11 @@ def layer(
             ids, expert_map, slots.get(), block_expert.get(), total.get(), pairs, number, E,
             BINS=bins, BM=BM, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8,
         )  # fmt: skip
-    if many is not None:
+    if many is not None and gathered is not None:
         blocked = (weights, slots.get(), block_expert.get(), total.get())
         hopper.gather(x, blocked, k, BM, gathered.get())
-        hopper.up(many.configs[0], gathered.get(), many.w13, up.bias, blocked, mlp, many.group_sizes[0], h.get())
-        hopper.down(many.configs[1], h.get(), many.w2, down.bias, blocked, mlp, many.group_sizes[1], y.get())
+        hopper.up(many[0], gathered.get(), up.bias, blocked, mlp, scales, h.get())
+        hopper.down(many[1], h.get(), down.bias, blocked, mlp, scales, y.get())
     else:
         found = (weights, ids, expert_map, slots.get(), block_expert.get(), total.get())
         per_tile = 1 if mlp.gate_up == "none" else 2

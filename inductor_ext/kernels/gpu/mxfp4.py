@@ -12,6 +12,7 @@ from torch import Tensor
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, Routing
 from inductor_ext.kernels.gpu import fp4_planes, linear, tuning
 from inductor_ext.kernels.gpu.experts import Projection, layer
+from inductor_ext.kernels.gpu.hopper import launch as hopper
 
 NAME = "triton"
 CHECKS_WEIGHTS = False
@@ -55,6 +56,9 @@ def run(
         return torch.empty_like(x)
     pairs, E, H = routing.topk_ids.numel(), w13.qweight.shape[0], x.shape[1]
     up, down = tuning.mxfp4(pairs, E, linear.arch_of(x.device))
+    many, configs = None, tuning.hopper_moe(pairs, E)
+    if configs is not None and hopper.can_fp4(x, w13, w2, mlp, intermediate_size):
+        many = hopper.fp4(configs[0], w13), hopper.fp4(configs[1], w2)
     with linear.on_device_of(x):
         return layer(
             x,
@@ -63,8 +67,8 @@ def run(
             projection(down, w2, w2_bias, intermediate_size),
             mlp,
             intermediate_size,
-            None,
             input_scales,
+            many=many,
         )
 
 

@@ -61,7 +61,6 @@ def run(
             projection(down, w2, w2_bias, intermediate_size),
             mlp,
             intermediate_size,
-            None,
             input_scales,
             torch.float8_e4m3fn if arch == "gfx950" and input_scales else None,
         )

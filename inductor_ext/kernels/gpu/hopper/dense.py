@@ -13,6 +13,7 @@ from inductor_ext.kernels.gpu.hopper.loop import (
     accumulate,
     add_bias,
     fetch,
+    halves,
     make_stages,
     operand,
     store_rows,
@@ -37,7 +38,8 @@ def linear_kernel(
     M,
     N,
     ROWS,  # N filled up to a multiple of 64
-    ACROSS,  # 256-column tiles of a row
+    ACROSS,  # tiles of a row
+    CODES: gl.constexpr,  # "int4" or "fp4"
     SPLITS: gl.constexpr,
     BN: gl.constexpr,  # 128 or 256
     BM: gl.constexpr,
@@ -52,9 +54,9 @@ def linear_kernel(
     result = (bias, out, parts, arrived, M, N)
     gl.warp_specialize(
         [
-            (_multiply, (0, stages, work, numbers, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-            (_multiply, (1, stages, work, numbers, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, (x, w, stages, work, SPLITS, TALL, BM, STAGES)),
+            (_multiply, (0, stages, work, numbers, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+            (_multiply, (1, stages, work, numbers, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+            (_fetch, (x, w, stages, work, CODES, SPLITS, TALL, BM, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -62,7 +64,7 @@ def linear_kernel(
 
 
 @gluon.jit
-def _place(t, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr):
+def _place(t, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr):
     """The t-th tile or part of one: its number, which part, and where it is (see ``fetch``)."""
     along_n, along_m, ACROSS = work
     tile, part = t % (along_n * along_m), t // (along_n * along_m)
@@ -72,36 +74,37 @@ def _place(t, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr):
     row0, m0 = (band * _BAND + within % height) * TALL, within // height * BM
     share = gl.cdiv(ACROSS, SPLITS)
     first = part * share
-    steps = 2 * (gl.minimum(first + share, ACROSS) - first)
+    steps = halves(CODES) * (gl.minimum(first + share, ACROSS) - first)
     return tile, part, (row0, 1, m0, ACROSS, first, steps)
 
 
 @gluon.jit
 def _fetch(
-    x, w, stages, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr
+    x, w, stages, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
-        _, _, place = _place(t, work, SPLITS, TALL, BM)
-        fetch(x, w, stages, place, begun, TALL // 2, TALL, STAGES)
+        _, _, place = _place(t, work, CODES, SPLITS, TALL, BM)
+        fetch(x, w, stages, place, begun, CODES, TALL // 2, TALL, STAGES)
         begun += place[5]
 
 
 @gluon.jit
 def _multiply(
-    me: gl.constexpr, stages, work, numbers, result, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
-    G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr,
+    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
     scales, zeros, ROWS = numbers
     PER: gl.constexpr = TALL // 2
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
-        tile, part, place = _place(t, work, SPLITS, TALL, BM)
+        tile, part, place = _place(t, work, CODES, SPLITS, TALL, BM)
         n0, m0 = (place[0] + me * PER) * 64, place[2]
         row = n0 + gl.arange(0, 64, gl.SliceLayout(1, operand(BM)))
-        acc, acc2 = accumulate(me, stages, place, begun, scales, zeros, row, ROWS, BM, G, ZEROS, TALL, STAGES)
+        acc, acc2 = accumulate(me, stages, place, begun, scales, zeros, row, ROWS, CODES, BM, G, ZEROS, TALL, STAGES)
         _store(acc, tile * TALL + me * PER, part, n0, m0, result, SPLITS, BM)
         if PER == 2:
             _store(acc2, tile * TALL + me * PER + 1, part, n0 + 64, m0, result, SPLITS, BM)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_
 def _variant(config: Hopper, packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
     meaning = linear.meaning(packed, K, group_size, device)
     return {
+        "CODES": "int4",
         "BM": config.BM,
         "G": meaning["G"],
         "ZEROS": meaning["ZEROS"],
@@ -96,12 +97,16 @@ def _descriptor(rows: Tensor, height: int) -> Any:
 
 
 def can_experts(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
-    """Whether the kernels compute these experts. ``moe.up_kernel`` needs gates and ups where it says."""
-    placed = mlp.gate_up == "interleaved" or (mlp.gate_up == "halves" and I % 64 == 0)
+    """Whether the kernels compute these experts."""
     # Weights of both projections are rounded, act(h) and with many tokens y: in bfloat16 that is what may be owed, and
     # codes less such zeros would make it more.
     exact = not linear.float_zeros(w13) and not linear.float_zeros(w2)
-    return placed and exact and can(w13, x) and can(w2, x)
+    return _placed(mlp, I) and exact and can(w13, x) and can(w2, x)
+
+
+def _placed(mlp: Mlp, I: int) -> bool:  # noqa: E741
+    """Whether gates and ups are where ``moe.up_kernel`` needs them."""
+    return mlp.gate_up == "interleaved" or (mlp.gate_up == "halves" and I % 64 == 0)
 
 
 def gather(x: Tensor, found: tuple[Tensor, ...], top_k: int, BM: int, gathered: Tensor) -> None:
@@ -115,69 +120,102 @@ def gather(x: Tensor, found: tuple[Tensor, ...], top_k: int, BM: int, gathered: 
     )
 
 
+class Weights(NamedTuple):
+    """One projection's weights of E experts, and how they are multiplied."""
+
+    config: Hopper
+    tensors: tuple[Tensor, Tensor, Tensor | None]
+    """Codes, scales, zeros."""
+    sizes: tuple[int, int, int, int]
+    """ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS: an expert's rows, and what a row of each tensor has in its layout."""
+    variant: dict[str, Any]
+    """What is known when the kernel is compiled."""
+
+
+def int4(config: Hopper, packed: Packed, K: int, group_size: int) -> Weights:
+    _, tall, across, _ = packed.qweight.shape
+    zero_rows = 0 if packed.zeros is None else packed.zeros.shape[1]
+    return Weights(
+        config,
+        (packed.qweight, *_numbers(packed)),
+        (tall * 64, across, packed.scales.shape[1], zero_rows),
+        _variant(config, packed, K, group_size, packed.qweight.device),
+    )
+
+
+def fp4(config: Hopper, packed: Packed) -> Weights:
+    """Of MXFP4 weights, in ``fp4_planes``."""
+    _, tall, across, _ = packed.qweight.shape
+    scales = packed.scales.view(torch.int32).squeeze(-1)
+    variant = {"CODES": "fp4", "BM": config.BM, "G": 32, "ZEROS": "none", "STAGES": config.STAGES, "num_warps": 4}
+    return Weights(config, (packed.qweight, scales, None), (tall * 64, across, scales.shape[1], 0), variant)
+
+
+def can_fp4(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
+    """As ``can_experts``. A weight times its scale is a bfloat16, if the scale is of a size that has such."""
+    exact = x.dtype == torch.bfloat16 and w13.scales.dtype == w2.scales.dtype == torch.uint8
+    return exact and linear.arch_of(x.device) == "sm_90" and _placed(mlp, I) and installed()
+
+
 def up(
-    config: Hopper,
+    weights: Weights,
     x: Tensor,  # gathered
-    packed: Packed,
     bias: Tensor | None,
     found: tuple[Tensor, ...],  # topk_weights, slots, block_expert, total
     mlp: Mlp,
-    group_size: int,
+    scales: tuple[Tensor, Tensor] | None,
     h: Tensor,
 ) -> None:
     """h [slots, I] = act(W13 x + b13)."""
     from inductor_ext.kernels.gpu.hopper.moe import up_kernel
 
-    I = h.shape[1]  # noqa: E741
-    blocks = h.shape[0] // config.BM
-    up_kernel[(_programs(-(-I // 128) * blocks, x.device),)](
-        _descriptor(x, config.BM),
-        _descriptor(packed.qweight.view(-1, 32), 64),
-        *_numbers(packed),
+    I, BM = h.shape[1], weights.config.BM  # noqa: E741
+    codes, *numbers = weights.tensors
+    up_kernel[(_programs(-(-I // 128) * len(h) // BM, x.device),)](
+        _descriptor(x, BM),
+        _descriptor(codes.view(-1, 32), 64),
+        *numbers,
         bias,
         *found,
         h,
         I,
-        *_sizes(packed),
+        *weights.sizes,
         mlp.alpha,
         mlp.limit or 0.0,
+        *(scales or (None, None)),
         HALVES=mlp.gate_up == "halves",
         ACTIVATION=mlp.activation,
         LIMITED=mlp.limit is not None,
         ON_INPUT=mlp.apply_router_weight_on_input,
-        **_variant(config, packed, x.shape[1], group_size, x.device),
+        **weights.variant,
     )
 
 
 def down(
-    config: Hopper,
+    weights: Weights,
     h: Tensor,
-    packed: Packed,
     bias: Tensor | None,
     found: tuple[Tensor, ...],
     mlp: Mlp,
-    group_size: int,
+    scales: tuple[Tensor, Tensor] | None,
     y: Tensor,
 ) -> None:
     """y [pairs, H] = weight * (W2 h + b2)."""
     from inductor_ext.kernels.gpu.hopper.moe import down_kernel
 
-    H, blocks = y.shape[1], h.shape[0] // config.BM
-    down_kernel[(_programs(-(-H // config.BN) * blocks, h.device),)](
-        _descriptor(h, config.BM),
-        _descriptor(packed.qweight.view(-1, 32), 64),
-        *_numbers(packed),
+    H, BN, BM = y.shape[1], weights.config.BN, weights.config.BM
+    codes, *numbers = weights.tensors
+    down_kernel[(_programs(-(-H // BN) * len(h) // BM, h.device),)](
+        _descriptor(h, BM),
+        _descriptor(codes.view(-1, 32), 64),
+        *numbers,
         bias,
         *found,
         y,
         H,
-        *_sizes(packed),
+        *weights.sizes,
+        None if scales is None else scales[1],
         ON_INPUT=mlp.apply_router_weight_on_input,
-        BN=config.BN,
-        **_variant(config, packed, h.shape[1], group_size, h.device),
+        BN=BN,
+        **weights.variant,
     )
-
-
-def _sizes(packed: Packed) -> tuple[int, int, int, int]:
-    _, tall, across, _ = packed.qweight.shape
-    return tall * 64, across, packed.scales.shape[1], 0 if packed.zeros is None else packed.zeros.shape[1]

@@ -6,7 +6,8 @@ from the stages at their own pace: while one unpacks the matrix unit works for t
 twice 64, whose weights go from registers to the unit (see ``mainloop``), each rounded once to x's dtype.
 
 A program computes one tile of the result after the other: the next one's stages fill up while results are stored. A
-step is half the words of a tile of 256 columns: four planes of 32 columns, and the four runs of x that go with them.
+step is four planes of 32 columns, and the four runs of x that go with them: of int4 codes half the words of a tile of
+256 columns (``planes``), of MXFP4 codes ("fp4") a tile of 128, whose planes are groups (``fp4_planes``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from inductor_ext.kernels.gpu import codes
+from inductor_ext.kernels.gpu import codes, fp4
 
+_FACTORS: gl.constexpr = gl.constexpr(fp4.FACTORS)
+_SCALED: gl.constexpr = gl.constexpr(fp4.SCALED)
 _FLOAT16: gl.constexpr = gl.constexpr(codes.FLOAT16)
 _BFLOAT16: gl.constexpr = gl.constexpr(codes.BFLOAT16)
 REGISTERS: gl.constexpr = gl.constexpr(240)
@@ -35,6 +38,12 @@ def sums(BM):
 def operand(BM):
     """The layout of what is multiplied with x to give those."""
     return gl.DotOperandLayout(0, sums(BM), 2)
+
+
+@triton.constexpr_function
+def halves(CODES):
+    """Steps of a tile of codes."""
+    return 2 if CODES == "int4" else 1
 
 
 @triton.constexpr_function
@@ -60,27 +69,31 @@ def make_stages(x, w, TALL: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def fetch(x, w, stages, place, begun, NEXT: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr):
+def fetch(
+    x, w, stages, place, begun, CODES: gl.constexpr, NEXT: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
     """What the fetching warp does for a tile of the result.
 
     ``place``: the first 64 rows of codes; how many times 64 rows a group's second ones are after its first; the first
-    row of x; how many 256-column tiles a row of codes has; the first of those, and how many steps (two of each). The
-    second group's rows are NEXT times 64 after the first's. ``begun``: steps that this program has behind it.
+    row of x; how many tiles a row of codes has; the first of those, and how many steps. The second group's rows are
+    NEXT times 64 after the first's. ``begun``: steps that this program has behind it.
     """
     xs, ws, full, free = stages
     row0, APART, m0, ACROSS, first, steps = place
+    PARTS: gl.constexpr = halves(CODES)
     for i in range(steps):
-        at, tile, half = begun + i, first + i // 2, i % 2
+        at, tile, half = begun + i, first + i // PARTS, i % PARTS
         stage = at % STAGES
         mbarrier.wait(free.index(stage), ((at // STAGES) & 1) ^ 1)
         filled = full.index(stage)
         mbarrier.expect(filled, 4 * x.block_type.nbytes + TALL * w.block_type.nbytes)
         for r in gl.static_range(TALL):
             row = row0 + r // (TALL // 2) * NEXT + r % (TALL // 2) * APART
-            line = (row * ACROSS + tile) * 128 + half * 64
+            line = ((row * ACROSS + tile) * PARTS + half) * 64
             tma.async_copy_global_to_shared(w, [line, 0], filled, ws.index(stage * TALL + r))
         for p in gl.static_range(4):
-            tma.async_copy_global_to_shared(x, [m0, tile * 256 + p * 64 + half * 32], filled, xs.index(stage * 4 + p))
+            column = ((tile * 4 + p) * PARTS + half) * 32
+            tma.async_copy_global_to_shared(x, [m0, column], filled, xs.index(stage * 4 + p))
 
 
 @gluon.jit
@@ -90,29 +103,37 @@ def accumulate(
     scales, zeros,  # of all rows of codes, or from an expert's on; zeros may be None
     row,  # [64] this group's rows within scales and zeros
     ROWS,  # their stride
-    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
+    CODES: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, TALL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """What a multiplying group does for a tile: the sums [64, BM] of its rows, and of its second rows if TALL is 4."""
     xs, ws, full, free = stages
     _, APART, _, _, first, steps = place
     PER: gl.constexpr = TALL // 2
+    PARTS: gl.constexpr = halves(CODES)
     # The last tile may be filled up with rows that there are not.
     n, n2 = gl.minimum(row, ROWS - 1), gl.minimum(row + 64 * APART, ROWS - 1)
     acc, acc2 = gl.zeros([64, BM], gl.float32, sums(BM)), gl.zeros([64, BM], gl.float32, sums(BM))
-    s, z = _words(scales, first, 0, n, ROWS, G, True), _words(zeros, first, 0, n, ROWS, G, ZEROS != "none")
-    s2, z2 = _words(scales, first, 0, n2, ROWS, G, True), _words(zeros, first, 0, n2, ROWS, G, ZEROS != "none")
+    s, z = (
+        _words(scales, first, 0, n, ROWS, CODES, G, True),
+        _words(zeros, first, 0, n, ROWS, CODES, G, ZEROS != "none"),
+    )
+    s2, z2 = (
+        _words(scales, first, 0, n2, ROWS, CODES, G, True),
+        _words(zeros, first, 0, n2, ROWS, CODES, G, ZEROS != "none"),
+    )
     for i in range(steps):
         stage = (begun + i) % STAGES
         mbarrier.wait(full.index(stage), ((begun + i) // STAGES) & 1)
-        acc = _rows(acc, me * PER, xs, ws, stage, s, z, ZEROS, TALL, BM)
+        acc = _rows(acc, me * PER, xs, ws, stage, s, z, CODES, ZEROS, TALL, BM)
         if PER == 2:
-            acc2 = _rows(acc2, me * PER + 1, xs, ws, stage, s2, z2, ZEROS, TALL, BM)
+            acc2 = _rows(acc2, me * PER + 1, xs, ws, stage, s2, z2, CODES, ZEROS, TALL, BM)
         after = gl.minimum(i + 1, steps - 1)  # whose scales are on their way while the unit multiplies
-        s = _words(scales, first + after // 2, after % 2, n, ROWS, G, True)
-        z = _words(zeros, first + after // 2, after % 2, n, ROWS, G, ZEROS != "none")
+        s = _words(scales, first + after // PARTS, after % PARTS, n, ROWS, CODES, G, True)
+        z = _words(zeros, first + after // PARTS, after % PARTS, n, ROWS, CODES, G, ZEROS != "none")
         if PER == 2:
-            s2 = _words(scales, first + after // 2, after % 2, n2, ROWS, G, True)
-            z2 = _words(zeros, first + after // 2, after % 2, n2, ROWS, G, ZEROS != "none")
+            s2 = _words(scales, first + after // PARTS, after % PARTS, n2, ROWS, CODES, G, True)
+            z2 = _words(zeros, first + after // PARTS, after % PARTS, n2, ROWS, CODES, G, ZEROS != "none")
             acc, acc2 = warpgroup_mma_wait(0, deps=(acc, acc2))
         else:
             acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -122,10 +143,14 @@ def accumulate(
 
 
 @gluon.jit
-def _words(values, tile, half, n, ROWS, G: gl.constexpr, THERE: gl.constexpr):
-    """For each of a step's planes, the scales or zeros of rows n in the low 16 bits of a word. See ``planes``."""
+def _words(values, tile, half, n, ROWS, CODES: gl.constexpr, G: gl.constexpr, THERE: gl.constexpr):
+    """For each of a step's planes, the scales or zeros of rows n in the low 16 bits of a word; of MXFP4 all four scales
+    in one word."""
     if not THERE:
         a, b, c, d = n, n, n, n  # not used
+    elif CODES == "fp4":
+        a = gl.load(values + tile * ROWS + n)
+        b, c, d = a, a, a
     elif G == 0:
         a = gl.load(values + n)
         b, c, d = a, a, a
@@ -149,14 +174,33 @@ def _words(values, tile, half, n, ROWS, G: gl.constexpr, THERE: gl.constexpr):
 
 @gluon.jit
 def _rows(
-    acc, r: gl.constexpr, xs, ws, stage, s, z, ZEROS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr
+    acc, r: gl.constexpr, xs, ws, stage, s, z, CODES: gl.constexpr, ZEROS: gl.constexpr, TALL: gl.constexpr,
+    BM: gl.constexpr,
 ):  # fmt: skip
     """acc + what 64 rows of a step give; the matrix unit is still at it."""
-    q = _four_planes(ws.index(stage * TALL + r).load(operand(BM)), xs.dtype)
+    words = ws.index(stage * TALL + r).load(operand(BM))
+    q = _scaled_planes(words, s[0]) if CODES == "fp4" else _four_planes(words, xs.dtype)
     for p in gl.static_range(4):
         x = xs.index(stage * 4 + p).permute((1, 0))
-        acc = warpgroup_mma(_weights(q[p], s[p], z[p], ZEROS), x, acc, is_async=True)
+        weights = q[p] if CODES == "fp4" else _weights(q[p], s[p], z[p], ZEROS)
+        acc = warpgroup_mma(weights, x, acc, is_async=True)
     return acc
+
+
+@gluon.jit
+def _scaled_planes(w, scales):
+    """As ``fp4.scaled_planes``."""
+    e, f, g, h = gl.inline_asm_elementwise(
+        _FACTORS, "=&r,=&r,=&r,=&r,r", [scales], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    return gl.inline_asm_elementwise(
+        _SCALED,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+        [w, gl.expand_dims(e, 1), gl.expand_dims(f, 1), gl.expand_dims(g, 1), gl.expand_dims(h, 1)],
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
 
 
 @gluon.jit

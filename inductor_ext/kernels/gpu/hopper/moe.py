@@ -11,11 +11,13 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from inductor_ext.kernels.gpu.fp4 import round_to_e4m3
 from inductor_ext.kernels.gpu.hopper.loop import (
     REGISTERS,
     accumulate,
     add_bias,
     fetch,
+    halves,
     make_stages,
     operand,
     store_rows,
@@ -38,8 +40,8 @@ def gather_kernel(x, slots, total, gathered, TOP_K, HIDDEN, BM: tl.constexpr, RO
 @gluon.jit
 def up_kernel(
     x, w, scales, zeros, bias, topk_weights, slots, block_expert, total, h,
-    INNER, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, alpha, limit,
-    HALVES: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr,
+    INNER, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, alpha, limit, x_scale, h_scale,
+    CODES: gl.constexpr, HALVES: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr,
     BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """h [slots, INNER] = act(W13 x + b13), in tiles of 128 of INNER and a block of slots. ``x``: the gathered tokens.
@@ -51,12 +53,18 @@ def up_kernel(
     stages = make_stages(x, w, 4, STAGES)
     work = (gl.cdiv(INNER, 128), gl.load(total), block_expert, ROWS // 64, INNER // 64 if HALVES else 1, ACROSS)
     numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
-    result = (bias, topk_weights, slots, h, INNER, alpha, limit)
+    result = (bias, topk_weights, slots, h, INNER, alpha, limit, x_scale, h_scale)
     gl.warp_specialize(
         [
-            (_up, (0, stages, work, numbers, result, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES)),
-            (_up, (1, stages, work, numbers, result, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES)),
-            (_fetch, (x, w, stages, work, EACH, EACH // 2, 4, BM, STAGES)),
+            (
+                _up,
+                (0, stages, work, numbers, result, CODES, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES),
+            ),
+            (
+                _up,
+                (1, stages, work, numbers, result, CODES, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES),
+            ),
+            (_fetch, (x, w, stages, work, CODES, EACH, EACH // 2, 4, BM, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -64,43 +72,51 @@ def up_kernel(
 
 
 @gluon.jit
-def _place(t, work, EACH: gl.constexpr, BM: gl.constexpr):
+def _place(t, work, CODES: gl.constexpr, EACH: gl.constexpr, BM: gl.constexpr):
     """The t-th tile: its block and that one's expert, which tile of the block, and where it is (see ``fetch``).
 
     EACH: times 64 rows of codes from one tile to the next."""
     across, _, block_expert, TALL_EXPERT, APART, ACROSS = work
     block, tile = t // across, t % across
     expert = gl.load(block_expert + block)
-    return block, expert, tile, (expert * TALL_EXPERT + tile * EACH, APART, block * BM, ACROSS, 0, 2 * ACROSS)
+    return (
+        block,
+        expert,
+        tile,
+        (expert * TALL_EXPERT + tile * EACH, APART, block * BM, ACROSS, 0, halves(CODES) * ACROSS),
+    )
 
 
 @gluon.jit
 def _fetch(
-    x, w, stages, work,
+    x, w, stages, work, CODES: gl.constexpr,
     EACH: gl.constexpr, NEXT: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     across, blocks, _, _, _, _ = work
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
-        _, _, _, place = _place(t, work, EACH, BM)
-        fetch(x, w, stages, place, begun, NEXT, TALL, STAGES)
+        _, _, _, place = _place(t, work, CODES, EACH, BM)
+        fetch(x, w, stages, place, begun, CODES, NEXT, TALL, STAGES)
         begun += place[5]
 
 
 @gluon.jit
 def _up(
-    me: gl.constexpr, stages, work, numbers, result, HALVES: gl.constexpr, ACTIVATION: gl.constexpr,
-    LIMITED: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
+    me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, HALVES: gl.constexpr,
+    ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
+    ZEROS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    bias, topk_weights, slots, h, INNER, alpha, limit = result
+    bias, topk_weights, slots, h, INNER, alpha, limit, x_scale, h_scale = result
     across, blocks, _, _, _, _ = work
     EACH: gl.constexpr = 2 if HALVES else 4
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
-        block, expert, tile, place = _place(t, work, EACH, BM)
+        block, expert, tile, place = _place(t, work, CODES, EACH, BM)
         n0 = (EACH * tile + EACH // 2 * me) * 64
-        first, second = _sums(me, stages, place, begun, numbers, expert, n0, BM, G, ZEROS, 4, STAGES)
+        first, second = _sums(me, stages, place, begun, numbers, expert, n0, CODES, BM, G, ZEROS, 4, STAGES)
+        if x_scale is not None:
+            first, second = first * gl.load(x_scale), second * gl.load(x_scale)
         if ON_INPUT:
             factor = _factors(topk_weights, slots + block * BM, BM)
             first, second = first * factor, second * factor
@@ -112,22 +128,23 @@ def _up(
             second = add_bias(second, own + apart, n0, bound - (0 if HALVES else 64))
         m = block * BM + gl.arange(0, BM, gl.SliceLayout(0, stored()))
         if HALVES:
-            store_rows(_gated(first, second, alpha, limit, ACTIVATION, LIMITED), h, m, m >= 0, n0, INNER)
+            y = _gated(first, second, alpha, limit, h_scale, ACTIVATION, LIMITED)
+            store_rows(y, h, m, m >= 0, n0, INNER)
         else:
-            _store_pairs(first, h, block * BM, n0 // 2, INNER, alpha, limit, ACTIVATION, LIMITED)
-            _store_pairs(second, h, block * BM, n0 // 2 + 32, INNER, alpha, limit, ACTIVATION, LIMITED)
+            _store_pairs(first, h, block * BM, n0 // 2, INNER, alpha, limit, h_scale, ACTIVATION, LIMITED)
+            _store_pairs(second, h, block * BM, n0 // 2 + 32, INNER, alpha, limit, h_scale, ACTIVATION, LIMITED)
         begun += place[5]
 
 
 @gluon.jit
 def _store_pairs(
-    acc, h, m0, n0, INNER, alpha, limit, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr
+    acc, h, m0, n0, INNER, alpha, limit, h_scale, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr
 ):  # fmt: skip
     """32 of INNER from [64, BM], in which gates and ups take turns."""
     BM: gl.constexpr = acc.shape[1]
     pairs = gl.convert_layout(acc, stored()).reshape((32, 2, BM)).permute((0, 2, 1))
     gate, up = gl.split(pairs)
-    y = _gated(gate, up, alpha, limit, ACTIVATION, LIMITED).to(h.dtype.element_ty)
+    y = _gated(gate, up, alpha, limit, h_scale, ACTIVATION, LIMITED).to(h.dtype.element_ty)
     L: gl.constexpr = y.type.layout
     n = n0 + gl.arange(0, 32, gl.SliceLayout(1, L))
     m = m0 + gl.arange(0, BM, gl.SliceLayout(0, L))
@@ -138,8 +155,9 @@ def _store_pairs(
 @gluon.jit
 def down_kernel(
     h, w, scales, zeros, bias, topk_weights, slots, block_expert, total, y,
-    HIDDEN, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS,
-    ON_INPUT: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
+    HIDDEN, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, h_scale,
+    CODES: gl.constexpr, ON_INPUT: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
+    ZEROS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [pairs, HIDDEN] = weight * (W2 h + b2), in tiles of BN of HIDDEN and a block of slots."""
@@ -147,12 +165,12 @@ def down_kernel(
     stages = make_stages(h, w, TALL, STAGES)
     work = (gl.cdiv(HIDDEN, BN), gl.load(total), block_expert, ROWS // 64, 1, ACROSS)
     numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
-    result = (bias, topk_weights, slots, y, HIDDEN)
+    result = (bias, topk_weights, slots, y, HIDDEN, h_scale)
     gl.warp_specialize(
         [
-            (_down, (0, stages, work, numbers, result, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_down, (1, stages, work, numbers, result, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, (h, w, stages, work, TALL, TALL // 2, TALL, BM, STAGES)),
+            (_down, (0, stages, work, numbers, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
+            (_down, (1, stages, work, numbers, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
+            (_fetch, (h, w, stages, work, CODES, TALL, TALL // 2, TALL, BM, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -161,16 +179,16 @@ def down_kernel(
 
 @gluon.jit
 def _down(
-    me: gl.constexpr, stages, work, numbers, result, ON_INPUT: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
-    G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, ON_INPUT: gl.constexpr, TALL: gl.constexpr,
+    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     across, blocks, _, _, _, _ = work
     PER: gl.constexpr = TALL // 2
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
-        block, expert, tile, place = _place(t, work, TALL, BM)
+        block, expert, tile, place = _place(t, work, CODES, TALL, BM)
         n0 = (tile * TALL + me * PER) * 64
-        acc, acc2 = _sums(me, stages, place, begun, numbers, expert, n0, BM, G, ZEROS, TALL, STAGES)
+        acc, acc2 = _sums(me, stages, place, begun, numbers, expert, n0, CODES, BM, G, ZEROS, TALL, STAGES)
         _weighted(acc, n0, block, expert, result, ON_INPUT, BM)
         if PER == 2:
             _weighted(acc2, n0 + 64, block, expert, result, ON_INPUT, BM)
@@ -179,8 +197,8 @@ def _down(
 
 @gluon.jit
 def _sums(
-    me: gl.constexpr, stages, place, begun, numbers, expert, n0, BM: gl.constexpr, G: gl.constexpr,
-    ZEROS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
+    me: gl.constexpr, stages, place, begun, numbers, expert, n0, CODES: gl.constexpr, BM: gl.constexpr,
+    G: gl.constexpr, ZEROS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS = numbers
     e = expert.to(gl.int64) * ROWS
@@ -188,12 +206,14 @@ def _sums(
     if ZEROS != "none":
         zeros += e * ZERO_ROWS
     row = n0 + gl.arange(0, 64, gl.SliceLayout(1, operand(BM)))
-    return accumulate(me, stages, place, begun, scales, zeros, row, ROWS, BM, G, ZEROS, TALL, STAGES)
+    return accumulate(me, stages, place, begun, scales, zeros, row, ROWS, CODES, BM, G, ZEROS, TALL, STAGES)
 
 
 @gluon.jit
 def _weighted(acc, n0, block, expert, result, ON_INPUT: gl.constexpr, BM: gl.constexpr):
-    bias, topk_weights, slots, y, HIDDEN = result
+    bias, topk_weights, slots, y, HIDDEN, h_scale = result
+    if h_scale is not None:
+        acc *= gl.load(h_scale)
     if bias is not None:
         acc = add_bias(acc, bias + expert.to(gl.int64) * HIDDEN, n0, HIDDEN)
     if not ON_INPUT:
@@ -210,8 +230,8 @@ def _factors(topk_weights, slots, BM: gl.constexpr):
 
 
 @gluon.jit
-def _gated(gate, up, alpha, limit, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr):
-    """act(gate) * up, as ``gpu/moe.py`` has it."""
+def _gated(gate, up, alpha, limit, h_scale, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr):
+    """act(gate) * up, as ``gpu/moe.py`` has it; rounded to e4m3 if there is a scale for that."""
     if ACTIVATION == "swigluoai":
         if LIMITED:
             gate = gl.minimum(gate, limit)
@@ -225,4 +245,6 @@ def _gated(gate, up, alpha, limit, ACTIVATION: gl.constexpr, LIMITED: gl.constex
         y = gate / (1.0 + gl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))) * up
     else:
         y = gl.maximum(gate, 0.0) * up
+    if h_scale is not None:
+        y = round_to_e4m3(gl.div_rn(y, gl.load(h_scale)))
     return y
