@@ -55,7 +55,7 @@ TABLE: tuple[Row, ...] = (
     Row("linear_mxfp4", "cpu", _OURS + "cpu_linear_mxfp4", ("cpu",), "CPU"),
     Row("linear_mxfp4", "reference", _OURS + "reference_linear_mxfp4", EVERYWHERE, "EMULATION"),
     Row("moe_mxfp4", "cpu", _OURS + "cpu_mxfp4", ("cpu",), "CPU"),
-    Row("moe_mxfp4", "aiter", _OTHERS + "aiter_moe", _CUDA, "AITER", package="aiter"),
+    Row("moe_mxfp4", "aiter", _OTHERS + "aiter_moe", _CUDA, "AITER_W4A8", package="aiter"),
     Row("moe_mxfp4", "dot_scaled", _GPU + "mxfp4_scaled", _CUDA, "TRITON"),
     Row("moe_mxfp4", "triton", _GPU + "mxfp4", _CUDA, "TRITON"),
     Row("moe_mxfp4", "reference", _OURS + "reference_mxfp4", EVERYWHERE, "EMULATION"),
