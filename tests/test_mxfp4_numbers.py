@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import DEVICE, DTYPES, INTERPRETED, needs_a_device
+from interpreter import DEVICE, DTYPES, needs_a_device
 from moe_problems import MAP
 from mxfp4_problems import GPT_OSS, Mxfp4Experts, exact
 
@@ -31,9 +31,6 @@ VARIANTS = {
     "blocks": (BLOCKS, dataclasses.replace(BLOCKS, BN=64, num_warps=4)),
     "large blocks": (dataclasses.replace(BLOCKS, BM=128), dataclasses.replace(BLOCKS, BM=128)),
 }
-if not INTERPRETED:  # where a tile is one operand or two makes no difference in float16
-    many = dataclasses.replace(BLOCKS, BN=256, BM=128)
-    VARIANTS["the largest tiles"] = many, dataclasses.replace(many, BN=128, BM=256)
 
 
 @pytest.fixture(autouse=True)

@@ -152,9 +152,11 @@ def fp4(config: Hopper, packed: Packed) -> Weights:
 
 
 def can_fp4(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
-    """As ``can_experts``. A weight times its scale is a bfloat16, if the scale is of a size that has such."""
+    """As ``can_experts``. A weight times its scale is a bfloat16, if the scale is of a size that has such; and the copy
+    engine reads rows of multiples of 16 bytes."""
+    rows = x.shape[1] % 8 == 0 and I % 8 == 0
     exact = x.dtype == torch.bfloat16 and w13.scales.dtype == w2.scales.dtype == torch.uint8
-    return exact and linear.arch_of(x.device) == "sm_90" and _placed(mlp, I) and installed()
+    return rows and exact and linear.arch_of(x.device) == "sm_90" and _placed(mlp, I) and installed()
 
 
 def up(
