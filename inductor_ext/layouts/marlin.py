@@ -15,7 +15,8 @@ kernel asks for N in multiples of 128 and K of 64, or the reverse for dense laye
 intermediate size there.
 
 Read in the sources of gptq_marlin_repack, awq_marlin_repack, marlin_utils, the kernel and vLLM's choice of WNA16
-kernels, and checked against the fragments of mma.m16n8k16. Not run on the kernel.
+kernels, and checked against the fragments of mma.m16n8k16. Symmetric dense layers were run on Marlin's first kernel
+(IST-DASLab's; bench/RESULTS.md), the rest not.
 """
 
 from __future__ import annotations
