@@ -7,10 +7,10 @@ from its graph: x before the first projections, act(h) right before the last, an
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from inductor_ext.patterns.anchors import name
 from inductor_ext.patterns.cone import VIEWS
-from inductor_ext.patterns.flow import Flow
 from inductor_ext.patterns.region import Region
 from torch import fx
 
@@ -32,34 +32,36 @@ class Rounding:
     scales: tuple[fx.Node, fx.Node]
 
 
-def rounding_of(region: Region, flow: Flow, mlp: Mlp) -> Rounding | None:
+def rounding_of(region: Region, mlp: Mlp) -> Rounding | None:
     """How a region rounds; None if it does not. Raises NotRounded."""
     inside = [node for node in region.nodes if name(node) == OP]
     outside = name(region.x) == OP
     if not inside and not outside:
         return None
-    readers = set(region.down.readers)
-    last = {_moved(operand) for reader in readers for operand in reader.all_input_nodes} & set(inside)
-    if len(last) != 1:
+    if mlp.apply_router_weight_on_input:
+        raise NotRounded("it rounds to fp8 and weighs its input, of which either may come first")
+    h = _rounds(region.down.readers, inside)
+    if h is None:
         raise NotRounded("it rounds to fp8 somewhere else than right before its last projection")
-    (h,) = last
-    firsts = [node for node in inside if node is not h]
-    if len(firsts) + outside != 1:
+    others = [node for node in inside if node is not h]
+    if len(others) + outside != 1:
         raise NotRounded("it rounds to fp8 the input of one of its projections only, or more than once")
-    ups = [reader for cut in region.ups for reader in cut.readers]
-    if not readers.isdisjoint(_ahead(flow, ups, without=h)):
-        raise NotRounded("what is rounded to fp8 is not all that its last projection is given")
-    if outside:
-        if mlp.apply_router_weight_on_input:
-            raise NotRounded("it rounds its input to fp8 before it is weighted; the op does so after")
-        first, x = region.x, region.x.args[0]
-    else:
-        first, x = firsts[0], region.x
-        if not set(ups).isdisjoint(_ahead(flow, [region.x], without=first)):
-            raise NotRounded("what is rounded to fp8 is not all that its first projection is given")
-    scales = first.args[1], h.args[1]
+    first: fx.Node | None = region.x
+    if not outside:
+        first = _rounds([reader for cut in region.ups for reader in cut.readers], others)
+        if first is None:
+            raise NotRounded("it rounds to fp8 somewhere else than right before its first projection")
+    assert first is not None
+    x, scales = first.args[0] if outside else region.x, (first.args[1], h.args[1])
     assert isinstance(x, fx.Node) and isinstance(scales[0], fx.Node) and isinstance(scales[1], fx.Node)
     return Rounding(x, (scales[0], scales[1]))
+
+
+def _rounds(readers: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> fx.Node | None:
+    """The one of these nodes that every reader is given; between them rows move, and nothing is computed. What it
+    rounds is then what the trial has found the readers to be given."""
+    given = [{_moved(operand) for operand in reader.all_input_nodes} for reader in readers]
+    return next((node for node in nodes if all(node in operands for operands in given)), None)
 
 
 def _moved(node: fx.Node) -> fx.Node:
@@ -70,15 +72,3 @@ def _moved(node: fx.Node) -> fx.Node:
 
 
 _MOVES = VIEWS | {"index", "index_select", "contiguous", "clone"}
-
-
-def _ahead(flow: Flow, start: list[fx.Node], without: fx.Node) -> set[fx.Node]:
-    """What depends on these nodes other than by way of one."""
-    found: set[fx.Node] = set()
-    todo = list(start)
-    while todo:
-        node = todo.pop()
-        if node not in found and node is not without:
-            found.add(node)
-            todo += flow.users(node)
-    return found

@@ -78,7 +78,7 @@ def _first(proposals: Proposals, flow: Flow, tensors: Tensors) -> Routed | None:
             finding = why_not_these_clamps(region, proposals.ahead, finding.mlp) or finding
         if isinstance(finding, Finding):
             try:
-                return Routed(region, finding, rounding_of(region, flow, finding.mlp))
+                return Routed(region, finding, rounding_of(region, finding.mlp))
             except NotRounded as reason:
                 finding = str(reason)
         proposals.refuse(4, finding)

@@ -114,10 +114,17 @@ def test_gpt_oss_is_one_graph_with_every_layer_rewritten(openai: GptOss) -> None
     assert rel_l2(logits(compiled(model)), wanted) <= 1e-5
 
 
-def test_half_precision_is_as_near_as_the_dense_model(openai: GptOss, without_inductor: None) -> None:  # noqa: F811
+@pytest.mark.parametrize("name", ["openai", "w4a8"])
+def test_half_precision_is_as_near_as_the_dense_model(
+    name: str,
+    request: pytest.FixtureRequest,
+    without_inductor: None,  # noqa: F811
+) -> None:
     """Of one layer's experts, given the same tokens and routing."""
-    model, reference = load(openai, torch.bfloat16), openai.reference()
+    checkpoint: GptOss = request.getfixturevalue(name)
+    model, reference = load(checkpoint, torch.bfloat16), checkpoint.reference()
     ours, exact = (m.model.layers[0].mlp.experts for m in (model, reference))
+    exact = Rounded(exact, SCALES, e4m3) if name == "w4a8" else exact
     x = torch.randn(33, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     ids = torch.stack([torch.arange(33) % 8, (torch.arange(33) + 3) % 8], 1)
     weights = torch.rand(33, 2, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -156,22 +163,38 @@ def test_w4a8_is_never_chosen_silently(openai: GptOss, without_inductor: None) -
         compiled(model, **{"w4a16.activation": "int8"})(IDS)
 
 
-class HalfRounded(torch.nn.Module):
+def half(which: str) -> Any:
     """One of both projections' inputs is rounded."""
 
-    def __init__(self, experts: Any, which: str) -> None:
-        super().__init__()
-        self.experts = experts
-        own = experts._rounded
+    def change(experts: Any, own: Any) -> None:
         experts._rounded = lambda projection, x: own(projection, x) if projection == which else x
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
-        return self.experts(x, ids, weights)
+    return change
 
 
-@pytest.mark.parametrize(("which", "reason"), [("gate_up", "somewhere else"), ("down", "one of its projections only")])
-def test_rounding_of_half_the_activations_is_left_alone(w4a8: GptOss, which: str, reason: str) -> None:
-    experts = HalfRounded(load(w4a8).model.layers[0].mlp.experts, which)
+def before_the_activation(experts: Any, own: Any) -> None:
+    act = experts._act
+    experts._rounded = lambda projection, x: own(projection, x) if projection == "gate_up" else x
+    experts._act = lambda h: act(own("down", h))
+
+
+def of_twice_x(experts: Any, own: Any) -> None:
+    experts._rounded = lambda projection, x: own(projection, 2 * x) / 2 if projection == "gate_up" else own("down", x)
+
+
+ELSEWHERE = {
+    "of x alone": (half("gate_up"), "somewhere else than right before its last projection"),
+    "of h alone": (half("down"), "one of its projections only"),
+    "before the activation": (before_the_activation, "somewhere else than right before its last projection"),
+    "of twice x": (of_twice_x, "one of its projections only"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_rounding_elsewhere_is_left_alone(w4a8: GptOss, name: str) -> None:
+    change, reason = ELSEWHERE[name]
+    experts = load(w4a8).model.layers[0].mlp.experts
+    change(experts, experts._rounded)
     weights, ids = torch.rand(7, 8).topk(2)
     report = inductor_ext.explain(experts, torch.randn(7, 96), ids, weights)
     assert report.rewritten == []
