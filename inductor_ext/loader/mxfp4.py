@@ -25,7 +25,8 @@ class Mxfp4Experts(RoutedExperts):
     `gate_up_proj_bias` [E, 2I] and `down_proj_bias` [E, H].
     """
 
-    table: Tensor
+    pairs: Tensor
+    """[256, 2]: both values of a byte."""
     intermediate_dim: int
     down_proj_scales: Tensor
 
@@ -48,7 +49,7 @@ class Mxfp4Experts(RoutedExperts):
                 self.register_parameter(f"{name}_proj_bias", bias)
             else:
                 self._declare(f"{name}_proj_bias", bias.detach(), False)
-        self._declare("table", torch.tensor(E2M1), False)
+        self._declare("pairs", torch.tensor([[E2M1[byte & 15], E2M1[byte >> 4]] for byte in range(256)]), False)
 
     def _declare(self, name: str, tensor: Tensor, persistent: bool) -> None:
         self.register_buffer(name, tensor, persistent=persistent)
@@ -62,8 +63,10 @@ class Mxfp4Experts(RoutedExperts):
         blocks, scales = (getattr(self, f"{projection}_proj_{part}") for part in ("blocks", "scales"))
         if experts is not None:
             blocks, scales = blocks[experts], scales[experts]
-        values = self.table.float()[torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).int()]
-        return (values * _powers(scales).unsqueeze(-1)).flatten(-2).to(dtype)
+        # bfloat16 has every power of two that there is, and the product is rounded once there, too.
+        compute = dtype if dtype == torch.bfloat16 else torch.float32
+        values = self.pairs.to(compute)[blocks.int()].flatten(-2)
+        return (values * _powers(scales).to(compute).unsqueeze(-1)).flatten(-2).to(dtype)
 
     def faults(self) -> list[str]:
         return []
