@@ -34,7 +34,7 @@ def w4a16(
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """The backend, as ``torch.compile`` calls it. ``mode`` and ``options`` are Inductor's, and ``w4a16.kernel``,
-    ``w4a16.strict`` ours.
+    ``w4a16.strict``, ``w4a16.activation`` ours.
 
     Raises what ``options.split`` raises, oracle.NoKernel for a forced kernel that cannot, and Strict.
     """

@@ -23,6 +23,7 @@ from checkpoints import (
     write_compressed_tensors,
     write_gptq,
 )
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PretrainedConfig
@@ -305,14 +306,17 @@ def test_a_repository_name_is_downloaded(tmp_path: Path, monkeypatch: pytest.Mon
     checkpoint = write_compressed_tensors(tmp_path / "cache", llama(num_hidden_layers=1))
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        files = ("model.safetensors", "pytorch_model.bin", "original/model.safetensors", "metal/config.json")
+        asked.append(
+            (name, list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)))
+        )
         return str(checkpoint.folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     assert packed_layers(inductor_ext.from_pretrained("someone/model-w4a16", progress=False))
-    assert asked == [("someone/model-w4a16", True, False)]
+    assert asked == [("someone/model-w4a16", ["model.safetensors"])]
     assert packed_layers(inductor_ext.from_pretrained("cache", progress=False))
     for path in ("./someone/model", "cache2", "/no/folder", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="There is no folder"):

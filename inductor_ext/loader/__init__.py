@@ -116,7 +116,9 @@ def find_folder(path: str | Path) -> Path:
         raise FileNotFoundError(f"{folder} is not a checkpoint: it holds no config.json.")
     if isinstance(path, Path) or len(folder.parts) != 2 or path.startswith((".", "/", "~")):
         raise FileNotFoundError(f"There is no folder {folder}, and a repository on the hub is named owner/name.")
-    return Path(import_module("huggingface_hub").snapshot_download(path, allow_patterns=list(HUB_FILES)))
+    # Folders within hold the same weights in other formats, which nobody reads: gpt-oss's "original".
+    given = {"allow_patterns": list(HUB_FILES), "ignore_patterns": ["*/*"]}
+    return Path(import_module("huggingface_hub").snapshot_download(path, **given))
 
 
 @contextlib.contextmanager
