@@ -104,8 +104,7 @@ def _fetch(
 def _up(
     me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, HALVES: gl.constexpr,
     ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
-    ZEROS: gl.constexpr,
-    STAGES: gl.constexpr,
+    ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     bias, topk_weights, slots, h, INNER, alpha, limit, x_scale, h_scale = result
     across, blocks, _, _, _, _ = work
@@ -157,8 +156,7 @@ def down_kernel(
     h, w, scales, zeros, bias, topk_weights, slots, block_expert, total, y,
     HIDDEN, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, h_scale,
     CODES: gl.constexpr, ON_INPUT: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
-    ZEROS: gl.constexpr,
-    STAGES: gl.constexpr,
+    ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """y [pairs, HIDDEN] = weight * (W2 h + b2), in tiles of BN of HIDDEN and a block of slots."""
     TALL: gl.constexpr = BN // 64
