@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 # Nibbles 1 and 3 of float16 are not shifted down: 1024 + 16 q, times 1/16, minus 72.
-FLOAT16 = """
+_FLOAT16 = """
 {
 .reg .b32 high, one, scale, shift;
 mov.b32 one, 0x64086408;
@@ -29,7 +29,7 @@ fma.rn.f16x2 $3, $3, scale, shift;
 }
 """
 # bfloat16 has no bits for that: every nibble is shifted down to 128 + q. Its subtraction is an fma by one.
-BFLOAT16 = """
+_BFLOAT16 = """
 {
 .reg .b32 second, third, fourth, one, shift;
 mov.b32 one, 0x3f803f80;
@@ -47,8 +47,8 @@ fma.rn.bf16x2 $2, $2, one, shift;
 fma.rn.bf16x2 $3, $3, one, shift;
 }
 """
-_ASM_FLOAT16: tl.constexpr = tl.constexpr(FLOAT16)
-_ASM_BFLOAT16: tl.constexpr = tl.constexpr(BFLOAT16)
+_ASM_FLOAT16: tl.constexpr = tl.constexpr(_FLOAT16)
+_ASM_BFLOAT16: tl.constexpr = tl.constexpr(_BFLOAT16)
 
 
 @triton.jit

@@ -17,12 +17,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from inductor_ext.kernels.gpu import codes, fp4
+from inductor_ext.kernels.gpu.codes import four_planes
+from inductor_ext.kernels.gpu.fp4 import scaled_planes
 
-_FACTORS: gl.constexpr = gl.constexpr(fp4.FACTORS)
-_SCALED: gl.constexpr = gl.constexpr(fp4.SCALED)
-_FLOAT16: gl.constexpr = gl.constexpr(codes.FLOAT16)
-_BFLOAT16: gl.constexpr = gl.constexpr(codes.BFLOAT16)
 REGISTERS: gl.constexpr = gl.constexpr(240)
 """Of a thread that multiplies. One that fetches has 24, and together a processor's are used up."""
 wait_for_group = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
@@ -179,52 +176,12 @@ def _rows(
 ):  # fmt: skip
     """acc + what 64 rows of a step give; the matrix unit is still at it."""
     words = ws.index(stage * TALL + r).load(operand(BM))
-    q = _scaled_planes(words, s[0]) if CODES == "fp4" else _four_planes(words, xs.dtype)
+    q = scaled_planes(words, s[0]) if CODES == "fp4" else four_planes(words, xs.dtype, True)
     for p in gl.static_range(4):
         x = xs.index(stage * 4 + p).permute((1, 0))
         weights = q[p] if CODES == "fp4" else _weights(q[p], s[p], z[p], ZEROS)
         acc = warpgroup_mma(weights, x, acc, is_async=True)
     return acc
-
-
-@gluon.jit
-def _scaled_planes(w, scales):
-    """As ``fp4.scaled_planes``."""
-    e, f, g, h = gl.inline_asm_elementwise(
-        _FACTORS, "=&r,=&r,=&r,=&r,r", [scales], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    return gl.inline_asm_elementwise(
-        _SCALED,
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-        [w, gl.expand_dims(e, 1), gl.expand_dims(f, 1), gl.expand_dims(g, 1), gl.expand_dims(h, 1)],
-        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def _four_planes(w, dtype: gl.constexpr):
-    """As ``codes.four_planes``."""
-    if dtype == gl.float16:
-        q = gl.inline_asm_elementwise(
-            _FLOAT16,
-            "=&r,=&r,=&r,=&r,r",
-            [w],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        q = gl.inline_asm_elementwise(
-            _BFLOAT16,
-            "=&r,=&r,=&r,=&r,r",
-            [w],
-            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    return q
 
 
 @gluon.jit
