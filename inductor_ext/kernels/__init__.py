@@ -131,7 +131,7 @@ class MoeProblem:
     def __str__(self) -> str:
         zeros = {w.zeros for w in (self.w13, self.w2)} - {"none"}
         extras = [f"{kind} zeros" for kind in sorted(zeros)] or ["symmetric"]
-        extras = ["fp8 activations" if self.fp8 else "16-bit activations"] if self.op == "moe_mxfp4" else extras
+        extras = ["MXFP4", *(["fp8 activations"] if self.fp8 else [])] if self.op == "moe_mxfp4" else extras
         extras += [self.mlp.activation + ("" if self.mlp.gate_up == "halves" else f" ({self.mlp.gate_up})")]
         extras += ["bias"] if self.bias else []
         extras += ["expert_map"] if self.expert_map else []
