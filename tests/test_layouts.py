@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from layouts import KINDS, by_lanes, of_result, same, values, weight
 from torch import Tensor
 
-from inductor_ext import bits
-from inductor_ext.formats import EXLLAMA, MARLIN, PLANES, SEQUENTIAL, BitOrder, TileOrder
 from inductor_ext.layouts import Experts, emulation, flashinfer, marlin, rdna3, triton, triton_dense, wmma, xpu
 
 few = settings(max_examples=3, deadline=None, derandomize=True)
@@ -292,57 +290,3 @@ def test_what_a_layout_cannot_hold(way: str, make: Callable[[], Experts], messag
 def test_what_experts_must_be(tensors: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         changed(**tensors)
-
-
-# -- bits --------------------------------------------------------------------------------------------------------------
-
-
-@few
-@given(N=st.integers(1, 5), K=st.integers(1, 9), seed=st.integers(0, 1 << 30))
-def test_words_become_words_of_another_order(N: int, K: int, seed: int) -> None:
-    words = weight("symmetric", 1, N, 8 * K, 8 * K, seed).codes[0]
-    shuffled = EXLLAMA.pack(SEQUENTIAL.unpack(words, 1, N, 8 * K), 1)
-    assert torch.equal(bits.reorder_(words.clone(), SEQUENTIAL, EXLLAMA), shuffled)
-    assert torch.equal(bits.reorder_(shuffled, EXLLAMA, SEQUENTIAL), words)
-
-
-@pytest.mark.parametrize("source", [SEQUENTIAL, EXLLAMA], ids=lambda order: order.name)
-@pytest.mark.parametrize("target", [SEQUENTIAL, EXLLAMA], ids=lambda order: order.name)
-@pytest.mark.parametrize(("R", "C"), [(8, 8), (64, 24), (1032, 1160)])
-def test_words_along_the_other_axis(R: int, C: int, source: BitOrder, target: BitOrder) -> None:
-    codes = torch.randint(16, (R, C), generator=torch.Generator().manual_seed(R), dtype=torch.uint8)
-    assert torch.equal(bits.turned(source.pack(codes, 1), source, target), target.pack(codes.t(), 1))
-
-
-def test_many_words_are_taken_in_pieces() -> None:
-    words = weight("symmetric", 1, 320, 4096, 4096, 0).codes[0]
-    wanted = EXLLAMA.pack(SEQUENTIAL.unpack(words, 1, 320, 4096), 1)
-    assert torch.equal(bits.reorder_(words.clone(), SEQUENTIAL, EXLLAMA), wanted)
-    tiles = torch.empty(256, 5, 128, dtype=torch.int32)
-    bits.to_tiles(words, MARLIN, tiles)
-    for n in range(5):
-        alone = torch.empty(256, 1, 128, dtype=torch.int32)
-        bits.to_tiles(words[64 * n : 64 * n + 64], MARLIN, alone)
-        assert torch.equal(tiles[:, n : n + 1], alone)
-    back = torch.empty_like(words)
-    bits.from_tiles(tiles, MARLIN, back)
-    assert torch.equal(back, words)
-
-
-def test_all_words_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU."""
-    w = weight("symmetric", 2, 320, 4096, 128, 0)
-    in_pieces = [WAYS[way].pack(w)[0] for way in ("marlin", "rdna3")]
-    monkeypatch.setattr(bits, "_most", lambda words: words.numel())
-    at_once = [WAYS[way].pack(w)[0] for way in ("marlin", "rdna3")]
-    assert all(torch.equal(a, b) for a, b in zip(in_pieces, at_once, strict=True))
-    same(marlin.unpack(marlin.pack(w)), w)
-
-
-def test_orders_without_a_way_are_refused() -> None:
-    words = torch.zeros(64, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="planes of 64"):
-        bits.reorder_(words, SEQUENTIAL, PLANES)
-    wide = TileOrder("wide", ("k3", "k4", "k0"), ("n0", "n1", "k1", "k2"))
-    with pytest.raises(ValueError, match="wide"):
-        bits.to_tiles(words, wide, torch.zeros(1, 1, 1, dtype=torch.int32))

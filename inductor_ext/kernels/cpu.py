@@ -39,6 +39,7 @@ def usable() -> str | None:
         )
     for name in ("moe", "moe_mxfp4"):
         torch.library.register_fake(f"w4a16_cpu::{name}", lambda x, *rest: x.new_empty(x.shape))
+    torch.library.register_fake("w4a16_cpu::rearrange", lambda source, out, steps: None)
     return None
 
 

@@ -31,10 +31,8 @@ def pack(weight: Experts) -> Awq:
     four_bits(weight)
     none(weight, "order")
     need(weight.N % 8 == 0, "N", "a multiple of 8", weight.N)
-    E, N, K = weight.E, weight.N, weight.K
-    words = weight.codes.new_empty(E, K, N // 8)
-    for e in range(E):
-        words[e] = turned(weight.codes[e], SEQUENTIAL, EXLLAMA)
+    E, N = weight.E, weight.N
+    words = turned(weight.codes.contiguous(), SEQUENTIAL, EXLLAMA)
     zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
     stored = to_nibbles(zeros, _CONVENTION).transpose(1, 2).flatten(0, 1)
     return Awq(
@@ -54,9 +52,7 @@ def unpack(stored: Awq) -> Experts:
     wanted = (E, groups, N // 8)
     need(stored.qzeros.shape == wanted, "qzeros", f"int32 {list(wanted)}", shape(stored.qzeros))
     need(stored.qzeros.dtype == torch.int32, "qzeros", f"int32 {list(wanted)}", stored.qzeros.dtype)
-    codes = qweight.new_empty(E, N, K // 8)
-    for e in range(E):
-        codes[e] = turned(qweight[e], EXLLAMA, SEQUENTIAL)
+    codes = turned(qweight.contiguous(), EXLLAMA, SEQUENTIAL)
     nibbles = EXLLAMA.unpack(stored.qzeros, 1, E * groups, N)
     zeros = from_nibbles(nibbles, _CONVENTION).view(E, groups, N).transpose(1, 2).contiguous()
     return Experts(

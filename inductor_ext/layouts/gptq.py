@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inductor_ext.bits import transposed
 from inductor_ext.formats import SEQUENTIAL, ZERO_CONVENTIONS
 from inductor_ext.layouts.experts import Experts, from_nibbles, need, shape, to_nibbles
 
@@ -32,7 +33,7 @@ class Gptq(NamedTuple):
 
 def pack(weight: Experts, convention: str = LESS_ONE) -> Gptq:
     g_idx = None if weight.order is None else (weight.order // weight.group_size).int()
-    words = (_logical(weight) if weight.bits == 4 else _logical(weight).view(torch.int32)).transpose(1, 2).contiguous()
+    words = transposed(_logical(weight) if weight.bits == 4 else _logical(weight).view(torch.int32))
     scales = weight.scales.transpose(1, 2).contiguous()
     if weight.zeros is None:
         return Gptq(words, scales, None, g_idx, weight.bias)
@@ -57,7 +58,7 @@ def unpack(stored: Gptq, bits: int = 4, convention: str = LESS_ONE) -> Experts:
     Columns in act-order are sorted by their groups, those of a group by k.
     """
     _check(stored, bits)
-    words = stored.qweight.transpose(1, 2).contiguous()
+    words = transposed(stored.qweight)
     codes = words if bits == 4 else words.view(torch.uint8)
     weight = Experts(
         codes, stored.scales.transpose(1, 2).contiguous(), _zeros(stored, bits, convention), bias=stored.bias

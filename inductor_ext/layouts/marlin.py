@@ -57,8 +57,7 @@ def pack(weight: Experts) -> Marlin:
         g_idx = (torch.arange(K, dtype=torch.int32, device=weight.codes.device) // G).expand(E, K).contiguous()
         sort_indices = weight.order.argsort().int()
     qweight = weight.codes.new_empty(E, K // 16, 2 * N)
-    for codes, tiled in zip(weight.codes, qweight, strict=True):
-        to_tiles(codes.contiguous(), MARLIN, tiled.view(K // 16, N // 64, 128))
+    to_tiles(weight.codes.contiguous(), MARLIN, qweight.view(E, K // 16, N // 64, 128))
     return Marlin(
         qweight,
         _by_lane(weight.scales.transpose(1, 2), one_group=G == K),
@@ -73,8 +72,7 @@ def unpack(packed: Marlin) -> Experts:
     E, down, N = packed.qweight.shape[0], packed.qweight.shape[1], packed.qweight.shape[2] // 2
     groups = packed.scales.shape[1]
     codes = packed.qweight.new_empty(E, N, 2 * down)
-    for tiled, words in zip(packed.qweight, codes, strict=True):
-        from_tiles(tiled.view(down, N // 64, 128), MARLIN, words)
+    from_tiles(packed.qweight.contiguous().view(E, down, N // 64, 128), MARLIN, codes)
     zeros = None
     if packed.zeros is not None:
         stored = EXLLAMA.unpack(packed.zeros, 1, E * groups, N).view(E, groups, N)

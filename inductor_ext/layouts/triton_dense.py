@@ -28,10 +28,8 @@ def pack(weight: Experts) -> TritonDense:
     none(weight, "order", "bias")
     scale_dtypes(weight, torch.float16, torch.bfloat16)
     need(weight.N % 8 == 0, "N", "a multiple of 8 (adjust.filled makes it one)", weight.N)
-    E, N, K = weight.E, weight.N, weight.K
-    b_q = weight.codes.new_empty(E, K, N // 8)
-    for e in range(E):
-        b_q[e] = turned(weight.codes[e], SEQUENTIAL, SEQUENTIAL)
+    E, N = weight.E, weight.N
+    b_q = turned(weight.codes.contiguous(), SEQUENTIAL, SEQUENTIAL)
     qzeros = None
     if weight.zeros is not None:
         stored = to_nibbles(weight.zeros, "stored").transpose(1, 2).flatten(0, 1)
@@ -40,11 +38,8 @@ def pack(weight: Experts) -> TritonDense:
 
 
 def unpack(packed: TritonDense) -> Experts:
-    (E, K, across), groups = packed.b_q.shape, packed.scales.shape[1]
-    N = across * 8
-    codes = packed.b_q.new_empty(E, N, K // 8)
-    for e in range(E):
-        codes[e] = turned(packed.b_q[e], SEQUENTIAL, SEQUENTIAL)
+    E, groups, N = packed.scales.shape
+    codes = turned(packed.b_q.contiguous(), SEQUENTIAL, SEQUENTIAL)
     zeros = None
     if packed.qzeros is not None:
         stored = SEQUENTIAL.unpack(packed.qzeros, 1, E * groups, N)

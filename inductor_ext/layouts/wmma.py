@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from inductor_ext.bits import reorder_
+from inductor_ext.bits import copy_reordered
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL
 from inductor_ext.kernels.hip import linear, wmma
 from inductor_ext.layouts.experts import Experts, four_bits, none, scale_dtypes, tiles
@@ -30,5 +30,6 @@ def pack(weight: Experts, arch: str) -> wmma.Weight:
 
 
 def unpack(packed: wmma.Weight) -> Experts:
-    codes = packed.words.clone(memory_format=torch.contiguous_format)
-    return Experts(reorder_(codes, EXLLAMA, SEQUENTIAL), packed.scales)
+    codes = packed.words.new_empty(packed.words.shape)
+    copy_reordered(packed.words, EXLLAMA, codes, SEQUENTIAL)
+    return Experts(codes, packed.scales)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inductor_ext.bits import reorder_
+from inductor_ext.bits import transposed
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt, PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.hip import dot, linear, moe, objects, profile, routing, runtime, wmma
@@ -55,9 +55,7 @@ def reject(problem: MoeProblem) -> str | None:
 
 def pack(weight: PackedInt, experts: int) -> Packed:
     N = weight.N // experts
-    words = weight.codes.new_empty(experts, weight.K // 8, N)
-    for to, codes in zip(words, weight.codes.view(experts, N, -1), strict=True):
-        reorder_(to.copy_(codes.t()), SEQUENTIAL, EXLLAMA)  # one expert's words are still in a CPU's cache
+    words = transposed(weight.codes.view(experts, N, -1), SEQUENTIAL, EXLLAMA)
 
     def by_group(t: Tensor) -> Tensor:
         return t.view(experts, N, -1).transpose(1, 2).contiguous()
@@ -71,9 +69,7 @@ def pack(weight: PackedInt, experts: int) -> Packed:
 
 
 def unpack(packed: Packed, N: int, K: int, group_size: int) -> PackedInt4:
-    codes = packed.qweight.new_empty(packed.qweight.shape[0], N, K // 8)
-    for to, words in zip(codes, packed.qweight, strict=True):
-        reorder_(to.copy_(words.t()), EXLLAMA, SEQUENTIAL)
+    codes = transposed(packed.qweight, EXLLAMA, SEQUENTIAL)
 
     def by_row(t: Tensor) -> Tensor:
         return t.transpose(1, 2).flatten(0, 1)

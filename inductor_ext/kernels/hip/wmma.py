@@ -9,7 +9,7 @@ import enum
 import torch
 from torch import Tensor
 
-from inductor_ext.bits import reorder_
+from inductor_ext.bits import copy_reordered
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt
 from inductor_ext.kernels.gpu.workspace import counters
 from inductor_ext.kernels.hip import dot, runtime
@@ -95,10 +95,11 @@ def by_row(weight: PackedInt, experts: int, arch: str) -> Weight:
         raise ValueError("The layout by row has neither zeros nor an order.")
     N, across = weight.N // experts, weight.K // 8
     apart = across + (32 if arch == "gfx1151" and across % 256 == 0 else 0)
-    words = torch.zeros(experts * N, apart, dtype=torch.int32, device=weight.codes.device)
-    words[:, :across] = weight.codes
-    reorder_(words, SEQUENTIAL, EXLLAMA)
-    return Weight(words.view(experts, N, apart)[..., :across], weight.scales.view(experts, N, -1), by_row=True)
+    every = weight.codes.new_empty(experts, N, apart)
+    every[..., across:] = 0
+    words = every[..., :across]
+    copy_reordered(weight.codes.unflatten(0, (experts, N)), SEQUENTIAL, words, EXLLAMA)
+    return Weight(words, weight.scales.view(experts, N, -1), by_row=True)
 
 
 def gemm(
