@@ -106,6 +106,14 @@ def test_experts_come_back_as_they_were(E: int, N: int, half: int, largest: int)
         assert packed.scales.dtype == torch.uint8
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(0, torch.uint8), (128, torch.uint8), (129, torch.float32)], ids=str)
+def test_one_scale_that_no_factor_can_be_makes_all_of_them_floats(largest: int, dtype: torch.dtype) -> None:
+    """2**126 times the scale is a bfloat16 up to 128; its bits for 129 would be those of infinity."""
+    w = drawn(2, 40, 96, 0, seed=0)
+    w.scales[7, 1] = largest
+    assert mxfp4.pack(w, 2).scales.dtype == dtype
+
+
 def test_where_a_code_and_a_scale_are() -> None:
     w = drawn(2, 100, 300, 128, seed=0)
     packed, codes = mxfp4.pack(w, 2), w.stored_codes().view(2, 100, 300)

@@ -34,6 +34,8 @@ def check(facts: Facts, tmp_path: Path) -> None:
     assert facts.matrix and all("wgmma" in instruction for instruction in facts.matrix)
     assert facts.spills == 0
     assert 0 < facts.shared <= TARGETS["sm_90"].shared
+    # Each group waits for the unit once a step, with all of the step under way.
+    assert facts.assembly.count("wgmma.wait_group") == 2
     # ptxas says so (C7510 to C7519) where it lets a wgmma start only when the one before it has ended.
     (tmp_path / "kernel.ptx").write_text(facts.assembly)
     said = subprocess.run(
@@ -120,6 +122,43 @@ def test_mxfp4_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path, fp8: boo
     mxfp4.run(x, chosen, packed(2 * H), packed(H), *biases, GPT_OSS, H, scales)
     for name in ("up_kernel", "down_kernel"):
         check(kernels[name].compile("sm_90"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("H", "I", "dtype", "floats", "mlp", "taken"),
+    [
+        (2880, 2880, torch.bfloat16, False, GPT_OSS, True),
+        (136, 72, torch.bfloat16, False, GPT_OSS, True),
+        (136, 128, torch.bfloat16, False, Mlp(), True),
+        (130, 72, torch.bfloat16, False, GPT_OSS, False),  # rows that are no multiples of 16 bytes
+        (136, 66, torch.bfloat16, False, GPT_OSS, False),
+        (136, 72, torch.bfloat16, False, Mlp(), False),  # gates and ups apart by no multiple of 64 rows
+        (136, 72, torch.float16, False, GPT_OSS, False),
+        (136, 72, torch.bfloat16, True, GPT_OSS, False),
+    ],
+    ids=str,
+)
+def test_which_mxfp4_experts_they_take(
+    on_a_hopper: pytest.MonkeyPatch,
+    H: int,
+    I: int,  # noqa: E741
+    dtype: torch.dtype,
+    floats: bool,
+    mlp: Mlp,
+    taken: bool,
+) -> None:
+    scales = torch.empty(1, dtype=torch.float32 if floats else torch.uint8, device="meta")
+    weight = Packed(torch.empty(1, dtype=torch.int16, device="meta"), scales, None, None)
+    assert launch.can_fp4(torch.empty(9, H, dtype=dtype, device="meta"), weight, weight, mlp, I) is taken
+
+
+@pytest.mark.parametrize("zeros", [None, torch.int16, torch.float16], ids=str)
+def test_experts_with_float_zeros_are_left_to_the_kernels_with_exact_weights(
+    on_a_hopper: pytest.MonkeyPatch, zeros: torch.dtype | None
+) -> None:
+    x, codes = torch.empty(9, 64, dtype=torch.float16, device="meta"), torch.empty(1, dtype=torch.int16, device="meta")
+    weight = Packed(codes, x, None if zeros is None else torch.empty(1, dtype=zeros, device="meta"), None)
+    assert launch.can_experts(x, weight, weight, Mlp(), 64) is (zeros != torch.float16)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 65, 129, 1000, 8191, 8192])
