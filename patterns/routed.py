@@ -20,7 +20,7 @@ from inductor_ext.patterns.meaning import CutRows, Finding, Meaning
 from inductor_ext.patterns.region import Proposals, Region, structure
 from inductor_ext.patterns.rounding import NotRounded, Rounding, rounding_of
 from inductor_ext.patterns.thresholds import why_not_these_clamps, why_not_tried
-from inductor_ext.patterns.trial import Trial, routings, stray_scores
+from inductor_ext.patterns.trial import MadeUp, Trial, routings, stray_scores
 from torch import Tensor, fx
 
 from inductor_ext.kernels import Mlp
@@ -53,6 +53,7 @@ def find_routed(graph: fx.Graph, tensors: Tensors) -> tuple[list[Routed], list[t
     found: list[Routed] = []
     refused: list[tuple[tuple[Cut, ...], str]] = []
     flow = Flow(graph)
+    made: MadeUp = {}
     position = {node: i for i, node in enumerate(graph.nodes)}
 
     def is_stored(node: fx.Node) -> bool:
@@ -61,7 +62,7 @@ def find_routed(graph: fx.Graph, tensors: Tensors) -> tuple[list[Routed], list[t
     batches, singles = find_groups(graph, flow, is_stored, tensors.seen)
     for ups, down in (*batches, *singles):
         proposals = Proposals(flow, ups, down, is_stored, position)
-        routed = _first(proposals, flow, tensors)
+        routed = _first(proposals, flow, tensors, made)
         if routed is not None:
             found.append(routed)
         elif down.apart:
@@ -71,9 +72,9 @@ def find_routed(graph: fx.Graph, tensors: Tensors) -> tuple[list[Routed], list[t
     return found, refused
 
 
-def _first(proposals: Proposals, flow: Flow, tensors: Tensors) -> Routed | None:
+def _first(proposals: Proposals, flow: Flow, tensors: Tensors, made: MadeUp) -> Routed | None:
     for region in proposals:
-        finding = why_not_tried(region, proposals.ahead) or _identify(region, flow, tensors)
+        finding = why_not_tried(region, proposals.ahead) or _identify(region, flow, tensors, made)
         if isinstance(finding, Finding):
             finding = why_not_these_clamps(region, proposals.ahead, finding.mlp) or finding
         if isinstance(finding, Finding):
@@ -81,7 +82,7 @@ def _first(proposals: Proposals, flow: Flow, tensors: Tensors) -> Routed | None:
                 return Routed(region, finding, rounding_of(region, finding.mlp))
             except NotRounded as reason:
                 finding = str(reason)
-        proposals.refuse(4, finding)
+        proposals.refuse(4 if finding == _STRAY else 5, finding)
     return None
 
 
@@ -89,16 +90,19 @@ _KNOWN: dict[str, Finding | str] = {}
 """Structure of a region -> what the first of that structure was found to compute, or why it is nothing known."""
 
 
-def _identify(region: Region, flow: Flow, tensors: Tensors) -> Finding | str:
+_STRAY = "its scores may be other than zero for experts that were not chosen"
+
+
+def _identify(region: Region, flow: Flow, tensors: Tensors, made: MadeUp) -> Finding | str:
     """What a region computes, or why it is not ``w4a16::moe``."""
     known = structure(region)
     if known in _KNOWN and not region.constants and not region.dense:
         return _KNOWN[known]
-    trial = Trial(region, tensors.stored)
+    trial = Trial(region, tensors.stored, made)
     if trial.tokens == 0:
         return "it is captured for no tokens at all"
     if region.dense and stray_scores(region, flow, trial):
-        return "its scores may be other than zero for experts that were not chosen"
+        return _STRAY
     if region.constants or known not in _KNOWN:
         try:
             _KNOWN[known] = _try(trial)

@@ -8,6 +8,7 @@ expert 0, shifted, which costs no memory and still is another matrix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,8 @@ _ROWS = (131, 33, 9, 3)
 SCALES = (1.0, 0.03, 30.0, 1000.0, 4.0)
 """Of the rows of x, in turn: what happens to small and to large values only must show."""
 Sizes = Mapping[sympy.Symbol, int]
+MadeUp = dict[tuple[int, int, int, int, torch.dtype], Tensor]
+"""Matrices [E, rows, cols], by a cut's place, those sizes and their dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Inputs:
 class Trial:
     """A region with sizes and a precision chosen for running it."""
 
-    def __init__(self, region: Region, values: Callable[[fx.Node], Tensor | None]) -> None:
-        self.region, self._values = region, values
+    def __init__(self, region: Region, values: Callable[[fx.Node], Tensor | None], made: MadeUp) -> None:
+        self.region, self._values, self._made = region, values, made
         self.random = torch.Generator().manual_seed(0x6D6F65)
         for rows in _ROWS:
             self.sizes = _sizes(region, rows)
@@ -65,7 +68,11 @@ class Trial:
             if pairs <= _PRODUCTS and (8 * pairs <= _BYTES or not region.gathers):
                 break
         self.dtype = torch.float32 if region.gathers and 8 * pairs > _BYTES else torch.float64
-        self.matrices = tuple(self._made_up(cut) for cut in region.cuts)
+
+    @functools.cached_property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Made when they are first needed (most candidates fail before), and once for all trials of such sizes."""
+        return tuple(self._made_up(place, cut) for place, cut in enumerate(self.region.cuts))
 
     @property
     def tokens(self) -> int:
@@ -127,8 +134,8 @@ class Trial:
         args = fx.map_arg(node.args, value)
         kwargs = fx.map_arg(node.kwargs, value)
         args, kwargs = self._wide((args, kwargs))
-        if name(node) in _GROUPED:
-            return _grouped(*args, **kwargs)
+        if name(node) in _ELSEWHERE:
+            return _ELSEWHERE[name(node)](*args, **kwargs)
         if node.op == "call_method":
             if node.target in _CASTS:
                 return args[0].to(self.dtype)
@@ -160,12 +167,13 @@ class Trial:
             else (None if value is None else value.cpu())
         )
 
-    def _made_up(self, cut: Cut) -> Tensor:
+    def _made_up(self, place: int, cut: Cut) -> Tensor:
         rows, cols = cut.matrix
-        shift = 7
-        buffer = self._normal(rows * cols + shift * cut.experts) * min(rows, cols) ** -0.5
-        matrices: Tensor = buffer.as_strided((cut.experts, rows, cols), (shift, cols, 1))
-        return matrices
+        shift, key = 7, (place, rows, cols, cut.experts, self.dtype)
+        if key not in self._made:
+            buffer = self._normal(rows * cols + shift * cut.experts) * min(rows, cols) ** -0.5
+            self._made[key] = buffer.as_strided((cut.experts, rows, cols), (shift, cols, 1))
+        return self._made[key]
 
     def _wide(self, argument: Any) -> Any:
         if isinstance(argument, torch.dtype) and argument.is_floating_point:
@@ -177,7 +185,6 @@ class Trial:
         return {k: self._wide(v) for k, v in argument.items()} if isinstance(argument, dict) else argument
 
 
-_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 _CASTS = {"float", "half", "bfloat16", "double"}
 
 
@@ -192,6 +199,20 @@ def _grouped(x: Tensor, matrices: Tensor, offs: Tensor, bias: None = None, out_d
         out[start:end] = x[start:end] @ matrix
         start = max(start, end)
     return out
+
+
+def _histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    counts = torch.histc(input.double(), bins, min, max)
+    return counts if input.is_floating_point() else counts.to(input.dtype)
+
+
+_ELSEWHERE: dict[str, Callable[..., Tensor]] = {
+    "histc": _histc,
+    "_grouped_mm": _grouped,
+    "grouped_mm": _grouped,
+    "grouped_mm_fallback": _grouped,
+}
+"""What runs on GPUs on dtypes, or at all, that it does not on the CPU: integers are counted there."""
 
 
 def _sizes(region: Region, rows: int) -> Sizes:
@@ -213,6 +234,8 @@ def stray_scores(region: Region, flow: Flow, trial: Trial) -> bool:
     if region.weights not in ahead:
         return True
     behind = flow.behind([region.weights], lambda n: n is region.ids or (n not in ahead and name(n) not in _CONSTANT))
+    if any(name(n) in _BEFORE_A_ROUTER for n in behind):
+        return True  # tokens or positions, of which a whole layer was computed on the way to the scores
     edge = {p for n in behind for p in flow.preds(n) if p not in behind and p is not region.ids}
     for _ in range(3):
         ids = routings(trial, repeats=False)[-1]
@@ -235,6 +258,7 @@ def stray_scores(region: Region, flow: Flow, trial: Trial) -> bool:
     return False
 
 
+_BEFORE_A_ROUTER = {"linear", "embedding"}
 _CONSTANT = {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "ones", "ones_like", "arange"}
 
 

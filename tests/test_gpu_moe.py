@@ -265,11 +265,13 @@ def test_gradients_of_x_and_the_weights(mlp: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("name", ["gpt_fast", "torchtitan"])
-def test_a_compiled_block_runs_on_the_kernel(name: str, mode: str, calls: Calls) -> None:
+@pytest.mark.parametrize(("name", "implementation"), [(f.name, i) for f in FAMILIES.values() for i in f.implementations])
+def test_a_compiled_block_runs_on_the_kernel(name: str, implementation: str, mode: str, calls: Calls) -> None:
     """A router, routed experts and a shared one; the router's choices differ with every call."""
+    if implementation:
+        pytest.importorskip("transformers")
     with torch.no_grad():
-        block, reference = made(FAMILIES[name], "", torch.bfloat16)
+        block, reference = made(FAMILIES[name], implementation, torch.bfloat16)
         x = settled(block, reference, torch.bfloat16, 64).view(-1, 64)
         wanted = output(reference, x.float().unsqueeze(0))[0]
         compiled = torch.compile(block.cuda(), backend="w4a16", mode=mode)

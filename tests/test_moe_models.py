@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inductor_ext.patterns import routed, trial
 from torch import Tensor, fx, nn
 from zoo.base import distance, fresh
 from zoo_moe.base import Format
@@ -47,6 +48,19 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
         return gm.forward
 
     monkeypatch.setattr(backend, "compile_fx", as_it_is)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a function from now on."""
+    calls: list[tuple[Any, ...]] = []
+    function = getattr(owner, name)
+
+    def counting(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
 
 
 def named(value: Any) -> str:
@@ -99,6 +113,31 @@ def test_blocks_through_inductor(family: Family, request: pytest.FixtureRequest)
 @pytest.mark.parametrize("name", ("qwen3_moe", "llama4"))
 def test_blocks_of_other_formats(name: str, fmt: Format, without_inductor: None) -> None:
     check(*made(FAMILIES[name], FAMILIES[name].implementations[0], torch.bfloat16, fmt), torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=named)
+def test_graphs_of_a_gpu(family: Family, without_inductor: None) -> None:
+    """transformers counts an expert's tokens as integers on a GPU: no code runs that on the CPU, where trials do."""
+    if "grouped_mm" not in family.implementations:
+        pytest.skip("its experts are not grouped")
+    block, reference = made(family, "grouped_mm", torch.bfloat16)
+    counted: list[fx.Node] = []
+
+    def as_there(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        for node in gm.graph.nodes:
+            if node.target is torch.histc:
+                (cast, *_), cast.target = node.args, "int"
+                for each in (cast, node):
+                    each.meta["example_value"] = each.meta["example_value"].int()
+                counted.append(node)
+        return backend.w4a16(gm, inputs, options=STRICT)
+
+    tokens = settled(block, reference, torch.bfloat16, 7)
+    run: Any = torch.compile(block, backend=as_there, fullgraph=True)
+    for x in (tokens[:1], tokens):
+        y = output(run, x.unsqueeze(0))
+        assert distance(y, output(reference, x.float().unsqueeze(0)).double()) <= OWED[torch.bfloat16]
+    assert len(counted) == 2
 
 
 def test_the_report_names_the_experts() -> None:
@@ -224,6 +263,27 @@ def test_logits_of_a_model(implementation: str, dtype: torch.dtype, without_code
     off = (y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
     # In half precision some tokens take another expert, since two scored nearly the same: most do not.
     assert float(off.median() if dtype == torch.bfloat16 else off.max()) <= (2e-2 if dtype == torch.bfloat16 else 2e-5)
+
+
+def test_what_cannot_be_run_is_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token, of which everything has the shape of a choice of experts: hundreds of candidates, none of them right,
+    for which nothing large is made or computed again and again."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("no such code")
+
+    monkeypatch.setitem(trial._ELSEWHERE, "histc", broken)
+    monkeypatch.setattr(routed, "_KNOWN", {})
+    tried = counted(monkeypatch, routed, "_identify")
+    made, computed = (counted(monkeypatch, trial.Trial, name) for name in ("_normal", "evaluate"))
+    model, _ = qwen3(torch.bfloat16, "grouped_mm")
+    report = inductor_ext.explain(model, torch.tensor([[5]]))
+    reason = "Its operations fail on made-up inputs (NotImplementedError: no such code)."
+    assert report.rewritten == []
+    assert [left.reason for left in report.left_alone] == [reason, reason]
+    assert len(tried) > 500
+    assert len(made) < len(tried)
+    assert len(computed) < 5 * len(tried)
 
 
 @pytest.mark.parametrize("cache", (None, "static"))
