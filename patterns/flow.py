@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+import torch
 from inductor_ext.patterns.anchors import meta, name
 from inductor_ext.patterns.cone import VIEWS, is_assertion, written
 from torch import Tensor, fx
@@ -46,7 +47,7 @@ class Flow:
         base = node.all_input_nodes[0]
         # One of several results (values and indices of a topk) shares no memory with the others; a chunk is a view.
         apart = name(node) == "getitem" and not isinstance(meta(base), Tensor) and name(base) not in VIEWS
-        return node if apart else self.root(base)
+        return node if apart or _copies(node) else self.root(base)
 
     def root(self, node: fx.Node) -> fx.Node:
         return self._roots.get(node, node)
@@ -71,6 +72,13 @@ class Flow:
     def ahead(self, start: Iterable[fx.Node]) -> set[fx.Node]:
         """Everything that depends on these nodes, themselves included."""
         return _closure(start, self.users, lambda node: node.op == "output" or is_assertion(node))
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether this is x[index] with a tensor for an index. One integer selects, as a number does: that is a view."""
+    indices = node.args[1] if name(node) == "getitem" and len(node.args) > 1 else ()
+    values = [meta(i) for i in (indices if isinstance(indices, tuple) else (indices,)) if isinstance(i, fx.Node)]
+    return any(isinstance(value, Tensor) and (value.dim() > 0 or value.dtype == torch.bool) for value in values)
 
 
 def _closure(

@@ -74,7 +74,7 @@ def find_routed(graph: fx.Graph, tensors: Tensors) -> tuple[list[Routed], list[t
 
 def _first(proposals: Proposals, flow: Flow, tensors: Tensors, made: MadeUp) -> Routed | None:
     for region in proposals:
-        finding = why_not_tried(region, proposals.ahead) or _identify(region, flow, tensors, made)
+        finding = why_not_tried(region, proposals.ahead, flow) or _identify(region, flow, tensors, made)
         if isinstance(finding, Finding):
             finding = why_not_these_clamps(region, proposals.ahead, finding.mlp) or finding
         if isinstance(finding, Finding):

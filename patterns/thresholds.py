@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from inductor_ext.patterns.anchors import meta, name
-from inductor_ext.patterns.cone import RANDOM
+from inductor_ext.patterns.cone import RANDOM, VIEWS
+from inductor_ext.patterns.flow import Flow
 from inductor_ext.patterns.region import Region
 from torch import Tensor, fx
 
@@ -23,19 +24,25 @@ _SELECTIVE = {
     *("hardsigmoid", "hardswish", "remainder", "quantize_per_tensor", "fake_quantize_per_tensor_affine", "heaviside"),
 }
 _ORDER = {"lt", "le", "gt", "ge", "less", "greater", "less_equal", "greater_equal", "__lt__", "__le__", "__gt__"}
+_MASKED = ("masked_fill", "masked_fill_")
+_CASTS = ("to", "int", "long", "contiguous", "clone")
 _NARROW = tuple(dtype for n in dir(torch) if n.startswith(("float8", "float4")) for dtype in [getattr(torch, n)])
 
 
-def why_not_tried(region: Region, ahead: set[fx.Node]) -> str | None:
+def why_not_tried(region: Region, ahead: set[fx.Node], flow: Flow) -> str | None:
     """Which operation of a region a trial would not show, as a sentence; None if there is none. ``ahead`` is what
     depends on the experts' weights."""
     for node in region.nodes:
+        if _settled(node, region, flow):
+            continue
         called = name(node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or called in RANDOM:
             return f"a random operation ({node.name}) takes part in its computation"
         if any(dtype in _NARROW for dtype in _dtypes(node)):
             return f"it rounds to fewer bits than a kernel would ({node.name})"
         on_values = node in ahead and _is_float(node)
+        if on_values and called in _MASKED and _settled(node.args[1], region, flow):
+            continue
         if on_values and called in _SELECTIVE and not (called == "where" and len(node.args) < 3):
             return f"it treats some values in another way ({node.name})"
         if not on_values and called in _CLAMPS and not _beyond(node, region):
@@ -54,6 +61,40 @@ def why_not_these_clamps(region: Region, ahead: set[fx.Node], mlp: Mlp) -> str |
         if node in ahead and name(node) in _CLAMPS and not set(_numbers(node)) <= allowed:
             return f"it clamps values where no activation that is known does ({node.name})"
     return None
+
+
+def _settled(node: Any, region: Region, flow: Flow) -> bool:
+    """Whether this compares experts' indices with a limit that none of them reaches (as transformers does, for experts
+    on another device), or views such a mask. A trial shows what it does: it is the same for all of them."""
+    while isinstance(node, fx.Node) and name(node) in VIEWS and name(node) != "getitem":
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or name(node) not in _ORDER or len(node.args) != 2 or node.kwargs:
+        return False
+    ids, bound = node.args
+    if not isinstance(bound, int) or not _is_ids(ids, region, flow):
+        return False
+    first = name(node).strip("_") in ("gt", "greater", "le", "less_equal")  # whose answer changes after the bound
+    return not 0 <= bound - (0 if first else 1) < region.experts - 1
+
+
+def _is_ids(node: Any, region: Region, flow: Flow) -> bool:
+    """Whether these are experts' indices, in any order and shape."""
+    while node is not region.ids:
+        if not isinstance(node, fx.Node) or not all(_harmless(write, region) for write in flow.writes(node)):
+            return False
+        base = node.args[0] if node.args else None
+        if name(node) == "getitem" and isinstance(base, fx.Node) and not isinstance(meta(base), Tensor):
+            if name(base) != "sort" or node.args[1] != 0:
+                return False
+            base = base.args[0]
+        elif name(node) not in (*VIEWS, *_CASTS) and not _harmless(node, region):
+            return False
+        node = base
+    return True
+
+
+def _harmless(node: fx.Node, region: Region) -> bool:
+    return name(node) in _CLAMPS and _beyond(node, region)
 
 
 def _beyond(node: fx.Node, region: Region) -> bool:

@@ -265,7 +265,9 @@ def test_gradients_of_x_and_the_weights(mlp: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize(("name", "implementation"), [(f.name, i) for f in FAMILIES.values() for i in f.implementations])
+@pytest.mark.parametrize(
+    ("name", "implementation"), [(f.name, i) for f in FAMILIES.values() for i in f.implementations]
+)
 def test_a_compiled_block_runs_on_the_kernel(name: str, implementation: str, mode: str, calls: Calls) -> None:
     """A router, routed experts and a shared one; the router's choices differ with every call."""
     if implementation:

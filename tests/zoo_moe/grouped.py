@@ -208,6 +208,25 @@ def gathered_by_expanding(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Te
 
 weighted_and_back = weighted_then(inverse_set)
 transformers = grouped(histc, weighted_and_back)
+
+
+def elsewhere_masked(elsewhere: Callable[[Any, Tensor, Tensor], Tensor]) -> Form:
+    """transformers 5.17 masks the tokens of experts that are on another device, of which there are none here."""
+
+    def form(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ordered, perm = torch.sort(ids.reshape(-1))
+        rows = x[perm // m.k]
+        offs = histc(ordered, ordered, m.E)
+        mask = elsewhere(m, ordered, perm).unsqueeze(-1)
+        ordered.clamp_(max=m.E - 1)
+        rows.masked_fill_(mask, 0.0)
+        h = m.mlp(lambda name: torch._grouped_mm(rows, m.kn(name), offs=offs).masked_fill(mask, 0.0))
+        rows = torch._grouped_mm(h, m.kn("w2"), offs=offs).masked_fill(mask, 0.0)
+        return weighted_and_back(m, x, rows, perm, weights)
+
+    return form
+
+
 F_GROUPED_MM = F.grouped_mm
 
 SPELLINGS: dict[str, Form] = {
@@ -225,6 +244,8 @@ SPELLINGS: dict[str, Form] = {
     "index_add_ in float32": grouped(histc, index_added),
     "scatter_add": grouped(searchsorted, scatter_added, mm=F_GROUPED_MM),
     "x repeated before it is sorted": gathered_by_expanding,
+    "tokens of experts elsewhere masked": elsewhere_masked(lambda m, ordered, perm: ordered >= m.E),
+    "tokens of experts elsewhere masked, as int32": elsewhere_masked(lambda m, ordered, perm: ordered.int() > m.E - 1),
 }
 
 for name, form in SPELLINGS.items():

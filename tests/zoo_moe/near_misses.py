@@ -13,6 +13,7 @@ from zoo_moe.base import BF16, Form, miss
 from zoo_moe.formats import INT8, PAIRS
 from zoo_moe.grouped import (
     by_sort,
+    elsewhere_masked,
     histc,
     index_added,
     inverse_set,
@@ -49,6 +50,13 @@ def grouped(
         return finish(m, x, rows, perm, weights)
 
     return form
+
+
+def four_more(ordered: Tensor) -> Tensor:
+    """What is compared is written to after its name was."""
+    ids = ordered.clone()
+    ids.add_(4)
+    return ids
 
 
 def off_by_one(m: Any, ids: Tensor, ordered: Tensor) -> Tensor:
@@ -110,6 +118,14 @@ GROUPED: dict[str, Form] = {
 for name, form in GROUPED.items():
     core = name in ("perm in place of its inverse", "offsets off by one")
     miss(f"miss: grouped_mm, {name}", form, dtypes=BF16, core=core)
+MASKED: dict[str, Form] = {
+    "some experts' tokens": elsewhere_masked(lambda m, ordered, perm: ordered >= m.E // 2),
+    "tokens from the 8th on": elsewhere_masked(lambda m, ordered, perm: perm >= m.E),
+    "some experts' tokens, counted from 4": elsewhere_masked(lambda m, ordered, perm: ordered.clone().add_(4) >= m.E),
+    "some experts' tokens, by a write": elsewhere_masked(lambda m, ordered, perm: four_more(ordered) >= m.E),
+}
+for name, form in MASKED.items():
+    miss(f"miss: grouped_mm, masked: {name}", form, dtypes=BF16)
 miss("miss: grouped_mm, biases of other experts", grouped(after=own_bias), dtypes=BF16, bias=True)
 
 # -- gather ------------------------------------------------------------------------------------------------------------
