@@ -69,7 +69,8 @@ class PackedLinear(nn.Module):
         codes, zeros, scales = self.codes_zeros_scales()
         group_of_k = self.group_of_k()
         if group_of_k is None:
-            codes, scales = codes.unflatten(1, (-1, self.group_size)), scales.unsqueeze(-1)
+            # Not unflatten: with a default device set, Dynamo breaks the graph there.
+            codes, scales = codes.reshape(codes.shape[0], -1, self.group_size), scales.unsqueeze(-1)
             zeros = zeros.unsqueeze(-1) if isinstance(zeros, Tensor) else zeros
         else:
             scales = scales.index_select(1, group_of_k)
