@@ -3,22 +3,20 @@ every call."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from inductor_ext import devices, passes, prove, subclasses, weights
-from inductor_ext.capture import DynamoSite, Slot, clone
+from inductor_ext import devices, passes, prove, subclasses
+from inductor_ext.capture import DynamoSite, clone
 from inductor_ext.examine import Strict, examine
+from inductor_ext.feed import Feeds, feed
 from inductor_ext.options import Options, inductor_config, split
-from inductor_ext.proved import Weight
-from inductor_ext.recipes import ExpertRecipe, Recipe
 from inductor_ext.report import Report
 from inductor_ext.rewrite import rewrite
 
@@ -46,7 +44,7 @@ def w4a16(
     site.gm.recompile()
     if not proved:
         return _inductor(gm, example_inputs, config)
-    feeds = [_feed(site, weight, p.kernel) for p in proved for weight in p.weights]
+    feeds = Feeds([feed(site, weight, p.kernel) for p in proved for weight in p.weights])
     compiled = _inductor(site.gm, site.inputs, config)
     return _fed(compiled, feeds, own.strict, _original(gm, config))
 
@@ -54,41 +52,6 @@ def w4a16(
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
     compiled: Any = compile_fx(gm, list(inputs), config_patches=dict(config))
     return cast(Compiled, compiled)
-
-
-@dataclasses.dataclass(frozen=True)
-class Feed:
-    """What one weight of an op needs at every call: its stored tensors among the arguments, and how they were read when
-    the graph was rewritten."""
-
-    slots: tuple[Slot, ...]
-    recipe: Recipe | ExpertRecipe
-    kernel: str
-    kind: weights.Kind
-    frozen: tuple[bool, ...]
-    """Which stored tensors required no gradient then."""
-
-    def tensors(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The packed tensors. Raises prove.NotProved if the stored ones are new or changed, and not what the graph was
-        compiled for."""
-        sources = [slot.find(args) for slot in self.slots]
-        if torch.is_grad_enabled() and any(t.requires_grad and f for t, f in zip(sources, self.frozen, strict=True)):
-            raise prove.NotProved(
-                "a stored tensor of it requires a gradient, as it did not when the graph was compiled"
-            )
-        entry = weights.entry(self.recipe, sources)
-        if entry.kind != self.kind:
-            raise prove.NotProved(f"it is of kind {entry.kind}, and the graph was compiled for {self.kind}")
-        return entry.tensors(self.kernel, sources)
-
-
-def _feed(site: DynamoSite, weight: Weight, kernel: str) -> Feed:
-    if weight.parts:
-        whole = site.slot(weight.leaves[0])
-        slots = tuple(dataclasses.replace(whole, parts=path) for path in weight.parts)
-    else:
-        slots = tuple(site.slot(leaf) for leaf in weight.leaves)
-    return Feed(slots, weight.recipe, kernel, weight.entry.kind, tuple(not t.requires_grad for t in weight.sources))
 
 
 def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:
@@ -102,7 +65,7 @@ def _original(gm: fx.GraphModule, config: Mapping[str, Any]) -> Compiled:
     return compiled
 
 
-def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Compiled) -> Compiled:
+def _fed(compiled: Compiled, feeds: Feeds, strict: bool, original: Compiled) -> Compiled:
     """The compiled graph, called with the packed weights of whatever stored tensors it is called with.
 
     One graph serves many layers, and weights may change: should those of a call not be what was proved, the call runs
@@ -112,7 +75,7 @@ def _fed(compiled: Compiled, feeds: Sequence[Feed], strict: bool, original: Comp
 
     def run(*args: Any) -> Any:
         try:
-            extra = [t for feed in feeds for t in feed.tensors(args)]
+            extra = feeds.tensors(args)
         except prove.NotProved as reason:
             if strict:
                 raise Strict(f"w4a16.strict: a weight that the graph was not compiled with: {reason}") from None

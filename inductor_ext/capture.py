@@ -74,6 +74,11 @@ class Slot:
     parts: tuple[str, ...] = ()
     held: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is an argument as it stands."""
+        return self.held is None and not self.parts
+
     def find(self, args: Sequence[Any]) -> Tensor:
         if self.held is not None:
             return self.held

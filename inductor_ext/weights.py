@@ -50,6 +50,8 @@ class Entry:
         )  # not the one that holds this entry
         self._recipe = recipe
         self._packs: dict[str, tuple[Packed, tuple[bool, ...]]] = {}  # and which of its tensors packing allocated
+        self.given: dict[str, tuple[Tensor, ...]] = {}
+        """Of each kernel that was asked for: the packed tensors, without the absent ones."""
         self._canonical: Canonical | None = None
         self.prove(sources)
 
@@ -65,6 +67,7 @@ class Entry:
             self._packs.clear()
         for kernel, (packed, ours) in self._packs.items():
             self._packs[kernel] = _allocated(_renewed(packed, ours, self._packed(kernel, canonical)), sources)
+        self.given.clear()
         self._canonical = None if self._packs else canonical
         self.state = state
 
@@ -80,7 +83,9 @@ class Entry:
 
     def tensors(self, kernel: str, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What ``pack`` gives, without the absent ones."""
-        return tuple(t for t in self.pack(kernel, sources) if t is not None)
+        if kernel not in self.given:
+            self.given[kernel] = tuple(t for t in self.pack(kernel, sources) if t is not None)
+        return self.given[kernel]
 
     def _packed(self, kernel: str, canonical: Canonical) -> Packed:
         packed = self._recipe.pack(kernel, canonical)
