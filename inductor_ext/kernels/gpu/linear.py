@@ -1,5 +1,5 @@
-"""The Triton kernels for ``w4a16::linear``: by the number of rows a fused kernel in one of its variants (on a Hopper
-that of ``hopper`` for many), or dequantising once and a dense matmul."""
+"""The Triton kernels for ``w4a16::linear``: by the number of rows a fused kernel in one of its variants (on NVIDIA GPUs
+that of ``decode`` for one, on a Hopper that of ``hopper`` for many), or dequantising once and a dense matmul."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int)
 def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
     if packed.order is not None:
         x = x.index_select(1, packed.order)
+    from inductor_ext.kernels.gpu.decode import launch as decode
     from inductor_ext.kernels.gpu.hopper import launch as hopper
 
     M, K = x.shape
@@ -68,6 +69,8 @@ def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
     if many is not None:
         hopper.dense(many, x, packed, bias, group_size, out)
+    elif decode.can(packed, x):
+        decode.dense(x, packed, bias, group_size, out)
     elif M > 0:
         launch(tuning.dense(M, N, K, arch, processors(x.device)), x, packed, bias, group_size, out)
     return out

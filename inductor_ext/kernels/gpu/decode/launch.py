@@ -1,0 +1,52 @@
+"""Launching the kernels for one row of x: where they can run, and with what."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from inductor_ext.kernels import Packed
+from inductor_ext.kernels.gpu import linear, tuning
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether this Triton has what the kernels are written in: an experimental part, which may change."""
+    try:
+        import inductor_ext.kernels.gpu.decode.dense  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def can(packed: Packed, x: Tensor) -> bool:
+    """Whether the kernels multiply x with this weight: one row, of which 16 bytes are copied at a time."""
+    one = x.shape[0] == 1 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
+    return one and linear.arch_of(x.device).startswith("sm_") and packed.scales.element_size() == 2 and installed()
+
+
+def dense(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
+    """out [1, N] = x [1, K] @ W^T + bias."""
+    from inductor_ext.kernels.gpu.decode.dense import linear_kernel
+
+    K, N = x.shape[1], out.shape[1]
+    down, across, _ = packed.qweight.shape
+    config = tuning.decode(4 * down, across, linear.processors(x.device))
+    meaning = linear.meaning(packed, K, group_size, x.device)
+    linear_kernel[(config.PROGRAMS,)](
+        x,
+        packed.qweight,
+        linear.words(packed.scales),
+        None if packed.zeros is None else linear.words(packed.zeros),
+        bias,
+        out,
+        N,
+        K,
+        64 * down,
+        across,
+        WARPS=config.WARPS,
+        STAGES=config.STAGES,
+        num_warps=config.WARPS,
+        **{name: meaning[name] for name in ("G", "KIND", "ZEROS")},
+    )

@@ -1,0 +1,67 @@
+"""The kernels for one row of x as they are launched, compiled for NVIDIA GPUs that are not here: wide copies, operands
+in registers, nothing spilled. What they compute is tested on a GPU (test_gpu_linear.py, test_gpu_moe.py)."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from offline import TARGETS, Facts, Recorder
+from test_offline_dense import K, N, packed
+
+from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu.decode import dense, launch
+
+NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(linear, "processors", lambda device: 132)
+    monkeypatch.setattr(linear, "require", lambda x: None)
+    return monkeypatch
+
+
+def check(facts: Facts, target: str) -> None:
+    assert facts.matrix and all("mma.sync" in instruction for instruction in facts.matrix)
+    # For sm_80 and sm_100 ptxas stops at 96 of 255 registers, and has a few bytes of a variant with zeros on the stack.
+    assert facts.spills <= (0 if target == "sm_90" else 16)
+    assert 0 < facts.shared <= TARGETS[target].shared // 4, "four programs share a processor"
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", facts.assembly)
+    # Codes and x by 16 bytes, scales and zeros by 4; and nothing passes through a register on the way.
+    assert {int(size, 0) for size in sizes} == {4, 16}
+    assert "ld.global.v4" not in facts.assembly
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize(
+    ("dtype", "G", "zeros"),
+    [(torch.float16, 128, False), (torch.bfloat16, 32, True), (torch.float16, 64, True), (torch.bfloat16, K, False)],
+    ids=str,
+)
+def test_linears(on: pytest.MonkeyPatch, target: str, dtype: torch.dtype, G: int, zeros: bool) -> None:
+    on.setattr(linear, "arch_of", lambda device: target)
+    kernel = Recorder(dense.linear_kernel)
+    on.setattr(dense, "linear_kernel", kernel)
+    linear.run(torch.empty(1, K, dtype=dtype, device="meta"), packed(G, zeros, dtype), None, N, G)
+    check(kernel.compile(target), target)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "arch", "taken"),
+    [
+        (1, 4096, torch.float16, "sm_90", True),
+        (1, 4096, torch.float16, "sm_80", True),
+        (2, 4096, torch.float16, "sm_90", False),
+        (1, 264, torch.float16, "sm_90", False),  # a row of x that is no multiple of 32 bytes
+        (1, 4096, torch.float32, "sm_90", False),  # scales that are no pairs
+        (1, 4096, torch.float16, "gfx942", False),
+    ],
+)
+def test_what_they_take(
+    on: pytest.MonkeyPatch, rows: int, columns: int, dtype: torch.dtype, arch: str, taken: bool
+) -> None:
+    on.setattr(linear, "arch_of", lambda device: arch)
+    x = torch.empty(rows, columns, dtype=torch.float16, device="meta")
+    assert launch.can(packed(128, False, dtype), x) is taken
