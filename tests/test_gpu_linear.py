@@ -134,9 +134,22 @@ def test_a_hundred_times_the_same_bits(M: int) -> None:
         assert torch.equal(run(), first)
 
 
+@pytest.mark.parametrize(("N", "K", "G"), [(28672, 4096, 128), (9040, 14336, 64), (10000, 1040, 1040)])
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_one_row_through_programs_that_go_on(zeros: str, N: int, K: int, G: int) -> None:
+    """More rows of W than there are programs for: each has several runs of them, whose copies overlap."""
+    w, x = weight(N, K, G, zeros), activations(1, K, torch.float16)
+    packed = linear.pack(w)
+    poison()
+    first = linear.run(x, packed, None, N, G)
+    assert rel_l2(first, expected(x, w)) <= OWED[torch.float16]
+    for _ in range(100):
+        assert torch.equal(linear.run(x, packed, None, N, G), first)
+
+
 def test_streams_at_once_do_not_disturb_each_other() -> None:
-    assert splits(1) > 1
-    runs = [call(M, seed) for seed, M in enumerate((1, 1, 16, 1))]
+    assert splits(2) > 1
+    runs = [call(M, seed) for seed, M in enumerate((2, 1, 16, 2))]
     wanted = [run() for run in runs]
     streams = [torch.cuda.Stream() for _ in runs]
     torch.cuda.synchronize()
@@ -154,7 +167,7 @@ def test_streams_at_once_do_not_disturb_each_other() -> None:
 
 
 def test_graphs_replay_on_several_streams_beside_eager_calls() -> None:
-    runs = [call(M, seed) for seed, M in enumerate((1, 1, 16, 64))]
+    runs = [call(M, seed) for seed, M in enumerate((2, 1, 16, 64))]
     wanted = [run() for run in runs]
     graphs = [captured(run) for run in runs]
     streams = [torch.cuda.Stream() for _ in runs]
@@ -176,7 +189,7 @@ def test_graphs_replay_on_several_streams_beside_eager_calls() -> None:
 
 def test_a_graph_whose_first_launch_is_its_capture() -> None:
     """It has no counters to take: the graph zeroes its own."""
-    run = call(1)
+    run = call(2)
     y = run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workspace, "_rest", {})
@@ -191,7 +204,7 @@ def test_a_graph_whose_first_launch_is_its_capture() -> None:
 
 @pytest.mark.usefixtures("no_counters")
 def test_a_graph_keeps_its_counters_when_new_ones_are_made() -> None:
-    run = call(1)
+    run = call(2)
     y = run()
     graph, replayed = captured(run)
     (device,) = workspace._rest
