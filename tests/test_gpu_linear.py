@@ -14,6 +14,7 @@ from models import OWED, Calls, recompiles, rel_l2
 from torch import Tensor, nn
 
 import inductor_ext
+import inductor_ext.ops
 from inductor_ext.kernels.gpu import linear, tuning, workspace
 
 pytestmark = pytest.mark.skipif(
