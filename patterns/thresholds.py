@@ -41,7 +41,7 @@ def why_not_tried(region: Region, ahead: set[fx.Node], flow: Flow) -> str | None
         if any(dtype in _NARROW for dtype in _dtypes(node)):
             return f"it rounds to fewer bits than a kernel would ({node.name})"
         on_values = node in ahead and _is_float(node)
-        if on_values and called in _MASKED and _settled(node.args[1], region, flow):
+        if on_values and called in _MASKED and _settled(_argument(node, 1, "mask"), region, flow):
             continue
         if on_values and called in _SELECTIVE and not (called == "where" and len(node.args) < 3):
             return f"it treats some values in another way ({node.name})"
@@ -67,7 +67,7 @@ def _settled(node: Any, region: Region, flow: Flow) -> bool:
     """Whether this compares experts' indices with a limit that none of them reaches (as transformers does, for experts
     on another device), or views such a mask. A trial shows what it does: it is the same for all of them."""
     while isinstance(node, fx.Node) and name(node) in VIEWS and name(node) != "getitem":
-        node = node.args[0]
+        node = _argument(node, 0, "input")
     if not isinstance(node, fx.Node) or name(node) not in _ORDER or len(node.args) != 2 or node.kwargs:
         return False
     ids, bound = node.args
@@ -82,15 +82,19 @@ def _is_ids(node: Any, region: Region, flow: Flow) -> bool:
     while node is not region.ids:
         if not isinstance(node, fx.Node) or not all(_harmless(write, region) for write in flow.writes(node)):
             return False
-        base = node.args[0] if node.args else None
+        base = _argument(node, 0, "input")
         if name(node) == "getitem" and isinstance(base, fx.Node) and not isinstance(meta(base), Tensor):
             if name(base) != "sort" or node.args[1] != 0:
                 return False
-            base = base.args[0]
+            base = _argument(base, 0, "input")
         elif name(node) not in (*VIEWS, *_CASTS) and not _harmless(node, region):
             return False
         node = base
     return True
+
+
+def _argument(node: fx.Node, place: int, keyword: str) -> Any:
+    return node.args[place] if place < len(node.args) else node.kwargs.get(keyword)
 
 
 def _harmless(node: fx.Node, region: Region) -> bool:

@@ -227,6 +227,16 @@ def elsewhere_masked(elsewhere: Callable[[Any, Tensor, Tensor], Tensor]) -> Form
     return form
 
 
+def elsewhere_masked_by_keywords(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    ordered, perm = torch.sort(input=ids.reshape(-1))
+    rows = x[perm // m.k]
+    offs = histc(ordered, ordered, m.E)
+    mask = torch.unsqueeze(input=ordered >= m.E, dim=-1)
+    h = m.mlp(lambda name: torch._grouped_mm(rows, m.kn(name), offs=offs).masked_fill(mask=mask, value=0.0))
+    rows = torch.masked_fill(input=torch._grouped_mm(h, m.kn("w2"), offs=offs), mask=mask, value=0.0)
+    return weighted_and_back(m, x, rows, perm, weights)
+
+
 F_GROUPED_MM = F.grouped_mm
 
 SPELLINGS: dict[str, Form] = {
@@ -245,6 +255,7 @@ SPELLINGS: dict[str, Form] = {
     "scatter_add": grouped(searchsorted, scatter_added, mm=F_GROUPED_MM),
     "x repeated before it is sorted": gathered_by_expanding,
     "tokens of experts elsewhere masked": elsewhere_masked(lambda m, ordered, perm: ordered >= m.E),
+    "tokens of experts elsewhere masked, by keywords": elsewhere_masked_by_keywords,
     "tokens of experts elsewhere masked, as int32": elsewhere_masked(lambda m, ordered, perm: ordered.int() > m.E - 1),
 }
 
