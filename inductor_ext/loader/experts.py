@@ -173,7 +173,7 @@ class PackedExperts(RoutedExperts):
 def _dequantize(weight: Canonical, dtype: torch.dtype) -> Tensor:
     words, scales, zeros = weight
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-    codes = ((words.unsqueeze(-1) >> shifts) & 15).reshape(*scales.shape, -1)
+    codes = ((words.unsqueeze(-1) >> shifts) & 15).reshape(*scales.shape, 8 * words.shape[-1] // scales.shape[-1])
     compute = dtype if scales.dtype == dtype else torch.float32
     # Codes, integer zeros and their differences are small integers, exact in every float dtype.
     centred: Tensor = codes.to(compute) - (8 if zeros is None else zeros.unsqueeze(-1))
