@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 import torch
 from models import CompressedTensors, chain, recompiles, rel_l2
+from zoo.base import fresh
 
 from inductor_ext import feed
 
-X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
+X = torch.randn(3, 64)
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_before() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch.no_grad():
+def alone() -> Iterator[None]:
+    with fresh(), torch.no_grad():
         yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

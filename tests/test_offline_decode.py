@@ -7,9 +7,10 @@ import re
 
 import pytest
 import torch
-from offline import TARGETS, Facts, Recorder
+from offline import TARGETS, Recorder
 from test_offline_dense import K, N, packed
 
+from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels.gpu import linear
 from inductor_ext.kernels.gpu.decode import dense, launch
 
@@ -23,17 +24,6 @@ def on(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def check(facts: Facts, target: str) -> None:
-    assert facts.matrix and all("mma.sync" in instruction for instruction in facts.matrix)
-    # For sm_80 and sm_100 ptxas stops at 96 of 255 registers, and has a few bytes of a variant with zeros on the stack.
-    assert facts.spills <= (0 if target == "sm_90" else 16)
-    assert 0 < facts.shared <= TARGETS[target].shared // 4, "four programs share a processor"
-    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", facts.assembly)
-    # Codes and x by 16 bytes, scales and zeros by 4; and nothing passes through a register on the way.
-    assert {int(size, 0) for size in sizes} == {4, 16}
-    assert "ld.global.v4" not in facts.assembly
-
-
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize(
     ("dtype", "G", "zeros"),
@@ -45,13 +35,21 @@ def test_linears(on: pytest.MonkeyPatch, target: str, dtype: torch.dtype, G: int
     kernel = Recorder(dense.linear_kernel)
     on.setattr(dense, "linear_kernel", kernel)
     linear.run(torch.empty(1, K, dtype=dtype, device="meta"), packed(G, zeros, dtype), None, N, G)
-    facts = kernel.compile(target)
-    check(facts, target)
+    facts, given = kernel.compile(target), kernel.given
+    assert facts.matrix and all("mma.sync" in instruction for instruction in facts.matrix)
+    # For sm_80 and sm_100 ptxas stops at 96 of 255 registers, and has a few bytes of a variant with zeros on the stack.
+    assert facts.spills <= (0 if target == "sm_90" else 16)
+    assert 0 < facts.shared <= TARGETS[target].shared // 4, "four programs share a processor"
     # The warps' sums meet in memory of their own: copies that are still on their way must not land in it.
-    given = kernel.given
     words = {32: 4, 64: 2, 0: 1, 128: 1}[given["G"]] * (2 if zeros else 1)
     tile = 256 * 2 + 16 * 256 // 2 + 16 * 4 * words
     assert facts.shared >= given["WARPS"] * (given["STAGES"] * tile + 16 * 8 * 4)
+    # A thread's share of a step: 16 bytes of x, four times 16 of codes, and words of scales and zeros. Nothing passes
+    # through a register on the way.
+    copied = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\S* \[[^\]]*\], \[[^\]]*\], (\w+)", facts.assembly)]
+    fetches = given["STAGES"]  # those before the loop, and the one in it
+    assert (copied.count(16), copied.count(4), len(copied)) == (5 * fetches, words * fetches, (5 + words) * fetches)
+    assert "ld.global.v4" not in facts.assembly
 
 
 @pytest.mark.parametrize(
@@ -71,3 +69,15 @@ def test_what_they_take(
     on.setattr(linear, "arch_of", lambda device: arch)
     x = torch.empty(rows, columns, dtype=torch.float16, device="meta")
     assert launch.can(packed(128, False, dtype), x) is taken
+
+
+@pytest.mark.parametrize(("of_x", "of_codes", "taken"), [(0, 0, True), (8, 0, True), (1, 0, False), (0, 1, False)])
+def test_what_is_at_an_odd_address_is_left_to_the_other_kernel(
+    on: pytest.MonkeyPatch, of_x: int, of_codes: int, taken: bool
+) -> None:
+    on.setattr(linear, "arch_of", lambda device: "sm_90")
+    weight = linear.pack(PackedInt4(torch.zeros(64, 32, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.float16)))
+    room = torch.empty(weight.qweight.numel() + 16, dtype=torch.int16)
+    codes = room[of_codes:][: weight.qweight.numel()].view(weight.qweight.shape)
+    x = torch.empty(272, dtype=torch.float16)[of_x:][:256].view(1, 256)
+    assert launch.can(weight._replace(qweight=codes), x) is taken

@@ -101,11 +101,17 @@ def number(values, pair, which, n, N, KIND: tl.constexpr):
     if KIND == "fp32":
         value = tl.load(values + (2 * pair + which) * N + n)
     else:
-        word = tl.load(values + pair * N + n) >> (16 * which)
-        if KIND == "bf16":
-            value = (word << 16).to(tl.float32, bitcast=True)
-        elif KIND == "fp16":
-            value = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        else:
-            value = word.to(tl.int16).to(tl.float32)
+        value = low_half(tl.load(values + pair * N + n) >> (16 * which), KIND)
+    return value
+
+
+@triton.jit
+def low_half(word, KIND: tl.constexpr):
+    """float32: the number in the low 16 bits of words."""
+    if KIND == "bf16":
+        value = (word << 16).to(tl.float32, bitcast=True)
+    elif KIND == "fp16":
+        value = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        value = word.to(tl.int16).to(tl.float32)
     return value

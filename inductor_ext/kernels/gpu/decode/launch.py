@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 
 from inductor_ext.kernels import Packed
 from inductor_ext.kernels.gpu import linear, tuning
-
-
-@functools.cache
-def installed() -> bool:
-    """Whether this Triton has what the kernels are written in: an experimental part, which may change."""
-    try:
-        import inductor_ext.kernels.gpu.decode.dense  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+from inductor_ext.kernels.gpu.gluon import importable
 
 
 def can(packed: Packed, x: Tensor) -> bool:
-    """Whether the kernels multiply x with this weight: one row, of which 16 bytes are copied at a time."""
-    one = x.shape[0] == 1 and x.shape[1] % 16 == 0 and x.data_ptr() % 16 == 0
-    return one and linear.arch_of(x.device).startswith("sm_") and packed.scales.element_size() == 2 and installed()
+    """Whether the kernels multiply x with this weight: one row, of which, as of the codes, 16 bytes are copied at a
+    time."""
+    one = x.shape[0] == 1 and x.shape[1] % 16 == 0 and packed.scales.element_size() == 2
+    aligned = x.data_ptr() % 16 == 0 and packed.qweight.data_ptr() % 16 == 0
+    nvidia = linear.arch_of(x.device).startswith("sm_")
+    return one and aligned and nvidia and importable("inductor_ext.kernels.gpu.decode.dense")
 
 
 def dense(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:

@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from inductor_ext.kernels.gpu.codes import four_planes
+from inductor_ext.kernels.gpu.codes import four_planes, low_half
 
 
 @triton.constexpr_function
@@ -183,10 +183,4 @@ def _number(
     elif G != 0:
         tile = step * WARPS + gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, R)), 1)
         word = word >> ((tile * 256 + g * 128) // G % 2 * 16)
-    if KIND == "bf16":
-        value = (word << 16).to(gl.float32, bitcast=True)
-    elif KIND == "fp16":
-        value = word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
-    else:
-        value = word.to(gl.int16).to(gl.float32)
-    return gl.expand_dims(value, 2)
+    return gl.expand_dims(low_half(word, KIND), 2)

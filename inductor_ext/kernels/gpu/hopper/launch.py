@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +9,12 @@ from torch import Tensor
 
 from inductor_ext.kernels import Mlp, Packed
 from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu.gluon import importable
 from inductor_ext.kernels.gpu.tuning import Hopper
 
 
-@functools.cache
 def installed() -> bool:
-    """Whether this Triton has what the kernels are written in: an experimental part, which may change."""
-    try:
-        import inductor_ext.kernels.gpu.hopper.dense
-        import inductor_ext.kernels.gpu.hopper.moe  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+    return importable("inductor_ext.kernels.gpu.hopper.dense", "inductor_ext.kernels.gpu.hopper.moe")
 
 
 def can(packed: Packed, x: Tensor) -> bool:
