@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from inductor_ext.patterns.anchors import Anchor, is_matmul, meta, name
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 _LIMIT = 512
@@ -273,30 +274,37 @@ def stored_integers(out: fx.Node, value: Callable[[fx.Node], Any]) -> list[fx.No
     further than matmuls.
 
     This decides whether a matmul is one whose weight comes from integer storage, and so is spoken of at all. ``value``
-    gives a leaf's tensor, real or fake.
+    gives a leaf's tensor, real or fake; a real one is stored with the model.
     """
     weight = meta(out)
     if not isinstance(weight, Tensor) or weight.dim() < 2 or not all(isinstance(n, int) for n in weight.shape[-2:]):
         return []
     elements = weight.shape[-1] * weight.shape[-2]
-    found: list[fx.Node] = []
+    leaves: dict[fx.Node, Tensor] = {}
+    shifted = False
     seen, todo = {out}, [out]
     while todo and len(seen) < _LIMIT:
         node = todo.pop()
         if node.op in ("placeholder", "get_attr"):
             leaf = value(node)
-            if (
-                isinstance(leaf, Tensor)
-                and leaf.dtype in _INTEGERS
-                and isinstance(leaf.numel(), int)  # else it is an argument, and to compare would add a guard
-                and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8
-            ):
-                found.append(node)
+            if isinstance(leaf, Tensor):
+                leaves[node] = leaf
         elif not is_matmul(node):
+            shifted = shifted or "shift" in name(node)
             behind = [n for n in (*node.all_input_nodes, *_writes(node)) if n not in seen]
             todo += behind
             seen.update(behind)
-    return found
+    # Positions, ids and masks are int64 too, and taken as they are. Codes in int64 are shifted out of words, or else
+    # are stored with the model and have scales beside them.
+    scaled = any(leaf.dtype not in (torch.int64, torch.bool) for leaf in leaves.values())
+    return [
+        node
+        for node, leaf in leaves.items()
+        if leaf.dtype in _INTEGERS
+        and isinstance(leaf.numel(), int)  # else it is an argument, and to compare would add a guard
+        and 2 * elements <= leaf.numel() * leaf.dtype.itemsize * 8
+        and (leaf.dtype != torch.int64 or shifted or (scaled and not isinstance(leaf, FakeTensor)))
+    ]
 
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64}

@@ -45,12 +45,25 @@ def test_left_alone_is_plain_inductor_to_the_bit(idiom: Idiom) -> None:
     assert torch.equal(*results)
 
 
-def test_strict_names_the_reason() -> None:
-    (idiom,) = (idiom for idiom in NEGATIVES if idiom.name == "masked with 7")
+STOPS_STRICT = {
+    "masked with 7": "masked",
+    "int8, one scale a row": "beyond 4 bits",
+    "uint8, one value is 16": "beyond 4 bits",
+    "scale after the matmul, unpacked int8": "No scale",
+    # int64 is what positions and masks are stored in too.
+    "int64, one value beyond 4 bits": "beyond 4 bits",
+    "scale after the matmul, int64 words": "No scale",
+    "packed weight is an argument, int64 words": "argument",
+}
+
+
+@pytest.mark.parametrize("name", STOPS_STRICT)
+def test_strict_names_the_reason(name: str) -> None:
+    (idiom,) = (idiom for idiom in NEGATIVES if idiom.name == name)
     module, _, x = given(idiom, torch.float32)
     strict = torch.compile(module, backend="w4a16", options={"w4a16.strict": True})
-    with pytest.raises(Exception, match=r"w4a16\.strict.*masked"):
-        strict(x)
+    with pytest.raises(Exception, match=rf"w4a16\.strict.*{STOPS_STRICT[name]}"):
+        call(strict, x)
 
 
 def test_trained_scales_get_their_gradient() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -116,6 +116,55 @@ def test_explain_leaves_compiled_models_right(calls: Calls) -> None:
         before = calls.runs
         assert rel_l2(compiled(x_of(3, 64)), model.expected(x_of(3, 64))) <= 2e-6
     assert calls.runs == before + 2
+
+
+class Rotated(nn.Module):
+    """A packed layer, and rotary embeddings as transformers spells them: a matmul by the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = CompressedTensors(64, 64)
+        self.register_buffer("inv_freq", 1e4 ** (torch.arange(0, 64, 2) / -64))
+        self.register_buffer("table", torch.arange(32))
+        self.register_buffer("cached", torch.tensor([3]))
+
+    def forward(this, x: Tensor, positions: Tensor) -> Tensor:
+        inv_freq = this.inv_freq[None, :, None].expand(positions.shape[0], -1, 1).float()
+        freqs = (inv_freq @ positions[:, None, :].float()).transpose(1, 2)
+        return this.layer(x) * torch.cat((freqs, freqs), dim=-1).cos()
+
+
+def padded_attention(model: Rotated, x: Tensor, positions: Tensor) -> Tensor:
+    """Where the positions mask what is attended to, and rotate what attends."""
+    y = model(x, positions)
+    scores = (y @ y.mT).masked_fill(positions[:, None, :] == 0, -1e4)
+    return scores.softmax(-1) @ y
+
+
+NO_WEIGHTS: dict[str, Callable[[Rotated, Tensor, Tensor], Tensor]] = {
+    "positions that are an argument": lambda model, x, positions: model(x, positions),
+    "positions from the padding": lambda model, x, positions: model(x, (positions > 0).long().cumsum(-1) - 1),
+    "positions made in the graph": lambda model, x, _: model(x, torch.arange(x.shape[1]).unsqueeze(0)),
+    "positions after the cached ones": lambda model, x, _: model(x, (torch.arange(x.shape[1]) + model.cached)[None]),
+    "positions that are stored": lambda model, x, _: model(x, model.table[None, : x.shape[1]]),
+    "attention under a padding mask": padded_attention,
+    "a mean under a padding mask": lambda model, x, mask: mask[:, None, :].to(x.dtype) @ model.layer(x),
+}
+
+
+@pytest.mark.parametrize("name", NO_WEIGHTS)
+@pytest.mark.parametrize("batch", (1, 2))
+def test_positions_and_masks_are_no_weights(name: str, batch: int, calls: Calls, without_codegen: None) -> None:
+    """The report does not speak of matmuls by them, and strict compiles them."""
+    model, function = Rotated(), NO_WEIGHTS[name]
+    x, positions = x_of(batch, 9, 64), torch.arange(9).repeat(batch, 1)
+    report = inductor_ext.explain(function, model, x, positions)
+    assert len(report.rewritten) == 1
+    assert report.left_alone == []
+    compiled = torch.compile(function, backend="w4a16", fullgraph=True, options={"w4a16.strict": True})
+    with torch.no_grad():
+        assert rel_l2(compiled(model, x, positions), function(model, x, positions)) <= 1e-5
+    assert calls.runs == 1
 
 
 def test_a_checkpointed_layer_is_reported() -> None:

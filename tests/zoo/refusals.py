@@ -47,6 +47,14 @@ def _(d: Draw) -> Made:
     return Layer(d, lambda m: grouped(m, m.q), q=values.to(torch.uint8), scales=d.scales), d.dense(codes=values)
 
 
+@negative("int64, one value beyond 4 bits", r"4 bits|beyond|-?\d+\.\.-?\d+")
+def _(d: Draw) -> Made:
+    values = d.codes - 8
+    values[3, 5] = 8
+    layer = Layer(d, lambda m: grouped(m, m.q, zeros=0), q=values, scales=d.scales)
+    return layer, d.dense(0, codes=values)
+
+
 @negative("gguf q4_0: the scale is in the block's bytes", "scale|bytes", core=True)
 def _(d: Draw) -> Made:
     """18 bytes a group of 32: a float16 scale, then the nibbles, first half of the group in the low ones."""
@@ -95,6 +103,18 @@ def _(d: Draw) -> Made:
 def _(d: Draw) -> Made:
     d = Draw.channelwise(d)
     return ScaledAfter(d, lambda m: m.q.to(m.dtype), q=(d.codes - 8).to(torch.int8), scales=d.scales), d.dense()
+
+
+def from_words(m: Any, words: Tensor) -> Tensor:
+    return ((words.unsqueeze(-1) >> torch.arange(0, 64, 4)) & 15).view(m.N, m.K)
+
+
+@negative("scale after the matmul, int64 words", "scale")
+def _(d: Draw) -> Made:
+    """Nothing but int64 behind the weight, as behind positions; but these are unpacked."""
+    d = Draw.channelwise(d)
+    words = pack(d.codes, 1, torch.int64)
+    return ScaledAfter(d, lambda m: from_words(m, m.packed).to(m.dtype) - 8, packed=words, scales=d.scales), d.dense()
 
 
 class PartialSums(Layer):
@@ -148,6 +168,14 @@ def _(d: Draw) -> Made:
         return grouped(m, torch.stack((given & 15, given >> 4), dim=-1))
 
     return Layer(d, dequant, arguments=(packed(d)["packed"],), scales=d.scales), d.dense()
+
+
+@negative("packed weight is an argument, int64 words", "argument|activation|input|not a stored")
+def _(d: Draw) -> Made:
+    def dequant(m: Any, given: Tensor) -> Tensor:
+        return grouped(m, from_words(m, given))
+
+    return Layer(d, dequant, arguments=(pack(d.codes, 1, torch.int64),), scales=d.scales), d.dense()
 
 
 @negative("scales are an argument", "argument|activation|input|not a stored")
