@@ -132,6 +132,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     packages=packages(),
     package_dir={"inductor_ext.patterns": "patterns"},
+    package_data={"inductor_ext.kernels.gpu": ["measured.json"]},
     ext_modules=extensions(),
     cmdclass={"build": Build, "build_ext": BuildKernel, "build_hip": BuildHip, "bdist_wheel": PlatformWheel},
 )

@@ -75,6 +75,7 @@ def compile(
     num_warps: int,
     num_stages: int | None = None,
     uneven: Collection[str] = (),
+    maxnreg: int | None = None,
 ) -> Facts:
     """Compiles a ``triton.jit`` function for TARGETS[target].
 
@@ -91,7 +92,8 @@ def compile(
         fn, types, {place[name]: value for name, value in constexprs.items()}, attributes
     )
     gpu = TARGETS[target].gpu
-    options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    options = {name: value for name, value in options.items() if value is not None}
     with triton.knobs.compilation.scope():
         # What is cached may have come from another checkout, whose lines of source are not these.
         triton.knobs.compilation.always_compile = True
@@ -141,12 +143,14 @@ class Recorder:
         """What was launched last, for TARGETS[target]."""
         given = dict(self.given)
         num_warps = given.pop("num_warps")
+        given.pop("launch_pdl", None)
+        maxnreg = given.pop("maxnreg", None)
         runtime = {p.name for p in self.fn.params if not p.is_constexpr and given[p.name] is not None}
         signature = {name: _type(given[name]) for name in self.fn.arg_names if name in runtime}
         constexprs = {name: value for name, value in given.items() if name not in runtime}
         numbers = {name: value for name, value in given.items() if isinstance(value, int | float)}
         uneven = {name for name, value in numbers.items() if isinstance(value, float) or value % 16}
-        return compile(self.fn, signature, constexprs, target, num_warps, uneven=uneven)
+        return compile(self.fn, signature, constexprs, target, num_warps, uneven=uneven, maxnreg=maxnreg)
 
 
 _TYPES = {

@@ -17,11 +17,11 @@ from inductor_ext.kernels.gpu.tuning import Config
 
 pytestmark = needs_a_device
 
-PLAIN = Config(BN=64, BM=16, WIDTH=64, WIDE=False, SPLITS=1, BY_SUMS=False, ROUNDED=False, STAGES=2, num_warps=4)
+PLAIN = Config(BN=64, BM=16, WIDTH=64, WIDE=False, SPLITS=1, ROUNDED=False, STAGES=2, num_warps=4)
 WIDE = dataclasses.replace(PLAIN, WIDE=True, SPLITS=2)
-HALF = dataclasses.replace(PLAIN, WIDTH=32, SPLITS=3, BY_SUMS=True)
-WIDE_HALF = dataclasses.replace(WIDE, WIDTH=32, SPLITS=1, BY_SUMS=True)
-SHORT = dataclasses.replace(PLAIN, BN=32, BM=8, SPLITS=4, BY_SUMS=True)  # for few rows
+HALF = dataclasses.replace(PLAIN, WIDTH=32, SPLITS=3)
+WIDE_HALF = dataclasses.replace(WIDE, WIDTH=32, SPLITS=1)
+SHORT = dataclasses.replace(PLAIN, BN=32, BM=8, SPLITS=4)  # for few rows
 ROUNDED = dataclasses.replace(WIDE, WIDTH=32, ROUNDED=True)  # for many rows
 VARIANTS = {"plain": PLAIN, "wide": WIDE, "half": HALF, "wide half": WIDE_HALF, "short": SHORT, "rounded": ROUNDED}
 SIZES = {32: 416, 64: 448, 128: 640, 256: 512, 384: 768, 0: 328}

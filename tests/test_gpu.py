@@ -84,7 +84,7 @@ KERNELS = {torch.float32: ("reference", 1e-5), torch.float16: ("triton", 2e-3)}
 
 
 @pytest.mark.parametrize("dtype", KERNELS, ids=str)
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_the_device_agrees_with_the_cpu(mode: str, dtype: torch.dtype, calls: Calls) -> None:
     kernel, near = KERNELS[dtype]
     layers = Bytes(64, 64, seed=1), AlongN(64, 64, seed=2)

@@ -3,7 +3,7 @@ test_dense_numbers.py. On simulated devices."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import interpreter
@@ -15,7 +15,7 @@ import inductor_ext.ops  # noqa: F401  registers the ops
 from inductor_ext import oracle
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Problem
-from inductor_ext.kernels.gpu import experts, linear, tuning
+from inductor_ext.kernels.gpu import experts, linear, measured, tuning
 
 PROBLEM = Problem("linear", "cuda", "sm_90", torch.bfloat16, torch.float16, 4096, 4096, 128, "int", True, True)
 
@@ -104,6 +104,63 @@ def test_every_shape_gets_parameters_that_run(arch: str, processors: int) -> Non
             assert (16 if tuning.is_amd(arch) else 8) <= config.BM, told
             assert config.num_warps in (2, 4, 8), told
             assert config.num_warps * 64 <= config.BN * config.BM, told
+
+
+def test_what_was_measured_is_taken_before_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For up to as many rows, down to those of the entry before, on the device that it was measured on."""
+    own = tuning.Config(64, 64, 64, WIDE=True, SPLITS=3, ROUNDED=False, STAGES=2, num_warps=4)
+    many = tuning.Hopper(128, 64, 2, 5)
+    layer = {"64": asdict(own), "128": asdict(many)}
+    monkeypatch.setattr(measured, "table", lambda: {measured.key("sm_90", 132): {"dense": {"6144x4096": layer}}})
+    measured._dense.cache_clear()
+    try:
+        for M, wanted in ((32, None), (33, own), (64, own), (65, many), (128, many), (129, None), (4096, None)):
+            assert measured.dense(M, 6144, 4096, "sm_90", 132) == wanted
+        for N, K, arch, processors in (
+            (6144, 2048, "sm_90", 132),
+            (6144, 4096, "sm_90", 114),
+            (6144, 4096, "sm_100", 132),
+        ):
+            assert measured.dense(64, N, K, arch, processors) is None
+    finally:
+        measured._dense.cache_clear()
+
+
+def test_a_layer_is_multiplied_as_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where the parameters are for another kind of weight, or of a kernel that cannot run here."""
+    own = tuning.Config(64, 64, 64, WIDE=True, SPLITS=1, ROUNDED=False, STAGES=2, num_warps=4)
+    found: list[tuning.Config | tuning.Hopper] = [own]
+    monkeypatch.setattr(measured, "dense", lambda *cell: found[0])
+    monkeypatch.setattr(linear, "arch_of", lambda device: "sm_80")
+    monkeypatch.setattr(linear, "processors", lambda device: 108)
+    x = torch.empty(33, 256, dtype=torch.float16)
+    codes, scales = torch.zeros(64, 32, dtype=torch.int32), torch.zeros(64, 8, dtype=torch.float16)
+
+    def chosen(groups: int, zeros: torch.dtype | None = None) -> tuning.Config | tuning.Hopper | None:
+        given = PackedInt4(codes, scales[:, :groups], None if zeros is None else scales[:, :groups].to(zeros))
+        return linear.chosen(x, linear.pack(given), 64, 256 // groups)
+
+    assert chosen(2) is own
+    assert chosen(4, torch.uint8) is own
+    rule = tuning.dense(33, 64, 256, "sm_80", 108)
+    assert chosen(8) == chosen(4, torch.float16) == rule != own
+    found[0] = tuning.Hopper(128, 64, 1, 4)
+    assert chosen(2) == rule
+
+
+def test_the_table_has_parameters_that_run() -> None:
+    assert measured.table()
+    for device in measured.table().values():
+        assert {"device", "torch", "triton", "date"} <= set(device["measured"])
+        for layer, by_rows in device["dense"].items():
+            N, K = map(int, layer.split("x"))
+            for rows, given in by_rows.items():
+                assert int(rows) in measured.ROWS
+                config = measured.dense(int(rows), N, K, "sm_90", 132)
+                assert config is not None and asdict(config) == given
+                steps = -(-K // 256)
+                assert (config.SPLITS - 1) * -(-steps // config.SPLITS) < steps
+                assert -(-N // 64) * 64 % config.BN == 0 or isinstance(config, tuning.Hopper)
 
 
 def test_many_rows_are_split_less() -> None:

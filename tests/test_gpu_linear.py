@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 import inductor_ext
 import inductor_ext.ops
+from inductor_ext.kernels import Packed
 from inductor_ext.kernels.gpu import linear, tuning, workspace
+from inductor_ext.kernels.gpu.decode import launch as decode
+from inductor_ext.kernels.gpu.hopper import launch as hopper
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA or ROCm device, and this machine has none"
@@ -238,6 +241,17 @@ def test_counters_are_one_launch_s_own() -> None:
 # -- no surprises ------------------------------------------------------------------------------------------------------
 
 
+def variant(M: int, N: int, K: int, G: int, packed: Packed, x: Tensor) -> object:
+    """What is compiled for M rows, and not again for others."""
+    if decode.can(packed, x[:M]):
+        return "one row"
+    count = linear.processors(x.device)
+    if hopper.can(packed, x) and (many := tuning.hopper(M, N, K, G, count, False)) is not None:
+        return many
+    config = tuning.dense(M, N, K, linear.arch_of(x.device), count)
+    return config, config.BM >= M
+
+
 def test_another_number_of_rows_compiles_nothing() -> None:
     """One kernel for each set of parameters, whatever M is a multiple of."""
     import triton
@@ -250,8 +264,7 @@ def test_another_number_of_rows_compiles_nothing() -> None:
     try:
         variants = set()
         for M in (*range(1, 150), 160, 192, 256, 257, 300, 447):
-            config = tuning.dense(M, N, K, linear.arch_of(x.device), linear.processors(x.device))
-            variants.add((config, config.BM >= M))
+            variants.add(variant(M, N, K, G, packed, x))
             linear.run(x[:M], packed, None, N, G)
         assert len(compiled) <= len(variants)
         before = len(compiled)
@@ -280,7 +293,7 @@ def two_layers(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor
 
 @pytest.mark.usefixtures("no_counters")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_a_compiled_model_runs_on_the_kernel(mode: str, dtype: torch.dtype, calls: Calls) -> None:
     """With CUDA graphs the counters are first made while torch.compile warms up for them."""
     model, wanted = two_layers(dtype)

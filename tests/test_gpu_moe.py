@@ -264,7 +264,7 @@ def test_gradients_of_x_and_the_weights(mlp: str, dtype: torch.dtype) -> None:
 # -- through torch.compile ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize(
     ("name", "implementation"), [(f.name, i) for f in FAMILIES.values() for i in f.implementations]
 )

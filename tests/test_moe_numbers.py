@@ -185,7 +185,18 @@ def test_pairs_are_sorted_by_expert_in_their_order(mapped: bool, chunk: int) -> 
     block_expert = torch.full((len(wanted_experts) + room,), -7, dtype=torch.int32, device=DEVICE)
     total = torch.full((2,), -7, dtype=torch.int32, device=DEVICE)
     route_kernel[(E,)](
-        ids.to(DEVICE), expert_map, slots, block_expert, total, pairs, number, E, BINS=8, BM=BM, CHUNK=chunk
+        ids.to(DEVICE),
+        expert_map,
+        slots,
+        block_expert,
+        total,
+        pairs,
+        number,
+        E,
+        BINS=8,
+        BM=BM,
+        CHUNK=chunk,
+        EARLY=False,
     )
     assert slots.tolist() == wanted_slots + [-7] * room
     assert block_expert.tolist() == wanted_experts + [-7] * room

@@ -4,6 +4,7 @@ test_gpu_moe.py)."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -164,8 +165,8 @@ def test_experts_with_float_zeros_are_left_to_the_kernels_with_exact_weights(
 @pytest.mark.parametrize("rows", [1, 16, 33, 65, 129, 1000, 8191, 8192])
 @pytest.mark.parametrize(("N", "K"), [(64, 32), (128, 256), (4096, 4096), (28672, 4096), (4096, 14336), (151936, 2048)])
 def test_every_program_has_a_part_of_the_work(rows: int, N: int, K: int) -> None:
-    for float_zeros in (False, True):
-        config = tuning.hopper(rows, N, K, 132, float_zeros)
+    for float_zeros, group_size in itertools.product((False, True), (32, 128)):
+        config = tuning.hopper(rows, N, K, group_size, 132, float_zeros)
         if config is not None:
             across = -(-K // 256)
             assert (config.SPLITS - 1) * -(-across // config.SPLITS) < across

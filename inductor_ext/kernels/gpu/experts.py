@@ -156,7 +156,7 @@ def layer(
     BM, pairwise = (up.config.BM, up.config.PAIRWISE) if many is None else (many[0].config.BM, False)
     blocks = pairs if pairwise else min(pairs, pairs // BM + min(E, pairs))
     # float32 up to where its traffic would count; rounded to x's dtype beyond (see MoeKernel.run).
-    y_dtype = torch.float32 if pairs <= 8192 else x.dtype
+    y_dtype = torch.float32 if pairs <= 4096 else x.dtype
     room = Sections(device)
     h = room.take((pairs if many is None else blocks * BM, I), fp8 or x.dtype)
     y = room.take((pairs, H), y_dtype)
@@ -169,11 +169,14 @@ def layer(
     if x_scale is not None:
         moe.quantise_kernel[(-(-T * H // 1024),)](x, x_scale, quantised.get(), T * H, BLOCK=1024, num_warps=4)
         x = quantised.get()
+    early = many is None and tuning.early(linear.arch_of(device), H, I)
+    first = {"EARLY": early}
+    after = first | ({"launch_pdl": True} if early else {})
     if not pairwise:
         bins, chunk = 1 << E.bit_length(), min(4096, max(128, 1 << (pairs - 1).bit_length()))
         route_kernel[(E,)](
             ids, expert_map, slots.get(), block_expert.get(), total.get(), pairs, number, E,
-            BINS=bins, BM=BM, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8,
+            BINS=bins, BM=BM, CHUNK=chunk, num_warps=4 if chunk <= 1024 else 8, **first,
         )  # fmt: skip
     if many is not None and gathered is not None:
         blocked = (weights, slots.get(), block_expert.get(), total.get())
@@ -187,18 +190,19 @@ def layer(
             x, *up.tensors, up.bias, *found, h.get(),
             number, E, k, H, I, *up.sizes, mlp.alpha, mlp.limit or 0.0, x_scale, h_scale,
             GATE_UP=mlp.gate_up, ACTIVATION=mlp.activation, LIMITED=mlp.limit is not None,
-            ON_INPUT=mlp.apply_router_weight_on_input, **up.variant,
+            ON_INPUT=mlp.apply_router_weight_on_input, **up.variant, **(first if pairwise else after),
         )  # fmt: skip
         across = -(-H // down.config.BN)
         arrived = counters(T * across, device) if pairwise else None
         moe.down_kernel[(across, blocks)](
             h.get(), *down.tensors, down.bias, *found, y.get(), out, arrived,
             number, E, k, I, H, *down.sizes, mlp.routed_scaling, h_scale,
-            ON_INPUT=mlp.apply_router_weight_on_input, **down.variant,
+            ON_INPUT=mlp.apply_router_weight_on_input, **down.variant, **after,
         )  # fmt: skip
     if not pairwise:
-        moe.add_up_kernel[(T, -(-H // 1024))](
-            y.get(), out, ids, expert_map, k, H, number, E, mlp.routed_scaling, BN=1024, num_warps=4
+        BN = 1024 if T >= 128 else 256  # enough programs for the device
+        moe.add_up_kernel[(T, -(-H // BN))](
+            y.get(), out, ids, expert_map, k, H, number, E, mlp.routed_scaling, BN=BN, num_warps=4, **after
         )
     return out
 
@@ -223,11 +227,10 @@ def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, 
         "PAIRWISE": config.PAIRWISE,
         "BN": config.BN,
         "BM": config.BM,
-        "WIDTH": 32 if group_size == 32 else config.WIDTH,
         "WIDE": config.BM > 8,
-        "BY_SUMS": config.BM == 8 or linear.float_zeros(packed),
-        "ROUNDED": config.ROUNDED and linear.may_round(packed, x.dtype),
         "STAGES": config.STAGES,
         "num_warps": config.num_warps,
+        # Two projections' rounded weights, and h, would be all that is owed in bfloat16.
+        **linear.steps(config, packed, group_size, x, rounding=x.dtype == torch.float16),
         **linear.meaning(packed, K, group_size, x.device),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inductor_ext import devices
 from inductor_ext.kernels import Packed, Problem
-from inductor_ext.kernels.gpu import planes, tuning
+from inductor_ext.kernels.gpu import measured, planes, tuning
 
 NAME = "triton"
 
@@ -61,19 +61,37 @@ def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int
     from inductor_ext.kernels.gpu.hopper import launch as hopper
 
     M, K = x.shape
-    arch, many = arch_of(x.device), None
-    if hopper.can(packed, x):
-        many = tuning.hopper(M, N, K, processors(x.device), float_zeros(packed))
-    if many is None and tuning.dense_from(arch, float_zeros(packed)) <= M:
-        return torch.nn.functional.linear(x, dequantise(packed, N, K, group_size, x.dtype), bias)
+    config = None
+    if not decode.can(packed, x):
+        config = chosen(x, packed, N, group_size)
+        if config is None:
+            return torch.nn.functional.linear(x, dequantise(packed, N, K, group_size, x.dtype), bias)
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    if many is not None:
-        hopper.dense(many, x, packed, bias, group_size, out)
-    elif decode.can(packed, x):
+    if config is None:
         decode.dense(x, packed, bias, group_size, out)
+    elif isinstance(config, tuning.Hopper):
+        hopper.dense(config, x, packed, bias, group_size, out)
     elif M > 0:
-        launch(tuning.dense(M, N, K, arch, processors(x.device)), x, packed, bias, group_size, out)
+        launch(config, x, packed, bias, group_size, out)
     return out
+
+
+def chosen(x: Tensor, packed: Packed, N: int, group_size: int) -> tuning.Config | tuning.Hopper | None:
+    """Which fused kernel multiplies, and its launch parameters; None for a dense matmul of the dequantised weight."""
+    from inductor_ext.kernels.gpu.hopper import launch as hopper
+
+    M, K = x.shape
+    arch, count, others = arch_of(x.device), processors(x.device), float_zeros(packed)
+    on_a_hopper = hopper.can(packed, x)
+    if not others and group_size != 32:
+        found = measured.dense(M, N, K, arch, count)
+        if found is not None and (on_a_hopper or isinstance(found, tuning.Config)):
+            return found
+    if on_a_hopper and (many := tuning.hopper(M, N, K, group_size, count, others)) is not None:
+        return many
+    if tuning.dense_from(arch, others) <= M:
+        return None
+    return tuning.dense(M, N, K, arch, count)
 
 
 def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
@@ -106,9 +124,7 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
         ONE=M <= config.BM,
         BN=config.BN,
         BM=config.BM,
-        WIDTH=config.WIDTH if group_size != 32 else 32,
-        BY_SUMS=config.BY_SUMS or float_zeros(packed),
-        ROUNDED=config.ROUNDED and may_round(packed, x.dtype),
+        **steps(config, packed, group_size, x),
         WIDE=config.WIDE,
         STAGES=config.STAGES,
         num_warps=config.num_warps,
@@ -168,6 +184,16 @@ def may_round(packed: Packed, dtype: torch.dtype) -> bool:
     """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of
     the activations' dtype is taken as it is."""
     return not float_zeros(packed) and packed.scales.dtype == dtype
+
+
+def steps(
+    config: tuning.Config | tuning.MoeConfig, packed: Packed, group_size: int, x: Tensor, rounding: bool = True
+) -> dict[str, Any]:
+    """How the kernels go through K. With few rows the sums of each group of 32 would be scaled so often that it is
+    cheaper to scale the weights, where 16-bit floats are multiplied in pairs; if ``rounding`` them is allowed."""
+    small = group_size == 32
+    rounded = config.ROUNDED or (small and rounding and config.BM <= 32 and not tuning.is_amd(arch_of(x.device)))
+    return {"WIDTH": 32 if small else config.WIDTH, "ROUNDED": rounded and may_round(packed, x.dtype)}
 
 
 def words(values: Tensor) -> Tensor:

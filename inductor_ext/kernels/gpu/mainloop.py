@@ -2,13 +2,13 @@
 
 The weight is the first operand, because a matrix unit takes that one from registers: codes go from memory to registers
 to the unit, and never through shared memory as floats. Scales are applied to the sums of a group, in float32, so codes
-stay exact. Zeros too: with sums of x (a matmul by ones, in the same registers' layout as the result)
+stay exact; less their zeros too, if these are integers. Other zeros are applied with sums of x (a matmul by ones, in
+the same registers' layout as the result):
 
     sum_k (q - z) s x = s (sum_k (q - 8) x - (z - 8) sum_k x)
 
-or, where the matrix unit is what limits (many rows of x), integers taken off the codes, which is exact as well. With
-very many rows that holds for scales too: ROUNDED, each weight is rounded once to x's dtype, as a dense weight would be,
-and the sums of all groups stay in the matrix unit.
+With very many rows of x the matrix unit is what limits: ROUNDED, each weight is rounded once to x's dtype, as a dense
+weight would be, and the sums of all groups stay in the unit.
 
 A step is a tile of 256 columns, or one half of its words: then each plane is 32 columns wide, and x is read in runs of
 32. Groups of 32 need half steps.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_ext.kernels.gpu.codes import four_planes, number, side_by_side
+from inductor_ext.kernels.gpu.codes import four_planes, four_planes_less, number, side_by_side
 
 
 @triton.jit
@@ -47,7 +47,6 @@ def accumulate(
     G: tl.constexpr,  # group size: 32, 64, a multiple of 128, or 0 for all of K
     KIND: tl.constexpr,
     ZEROS: tl.constexpr,  # as KIND, or "none"
-    BY_SUMS: tl.constexpr,  # how zeros are applied
     ROUNDED: tl.constexpr,  # scales act on codes instead of sums
     WIDE: tl.constexpr,  # two planes as one operand, instead of one matmul a plane
     WHOLE: tl.constexpr,  # K is a multiple of 256
@@ -55,92 +54,122 @@ def accumulate(
     PTX: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    PARTS: tl.constexpr = 64 // WIDTH
+    # Of groups of 32 each half of a tile has its own, but the unit takes the weights of both together.
+    WHOLE_TILE: tl.constexpr = ROUNDED and G == 32 and acc.shape[1] <= 32
+    PARTS: tl.constexpr = 1 if WHOLE_TILE else 64 // WIDTH
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):  # said here, scales are loaded ahead too
         tile, part = step // PARTS, step % PARTS
-        a, b, c, d = four_planes(tl.load(w + tile * 4096 + part * 2048), dtype, PTX)
         k = tile * 256 + part * 32
-        if G == 0 or G >= 128:
-            # The planes of one side of a tile are of one group.
-            s, z = _group(scales, zeros, tile * 256, 0, n, N, G, KIND, ZEROS)
-            acc = _side(acc, a, b, s, z, x, is_row, K, k, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, dtype)
-            s, z = _group(scales, zeros, tile * 256, 1, n, N, G, KIND, ZEROS)
-            acc = _side(acc, c, d, s, z, x, is_row, K, k + 128, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, dtype)
+        if WHOLE_TILE:
+            a, b, c, d, _, _, _, _ = _planes(w, scales, zeros, tile, 0, n, N, G, KIND, ZEROS, ROUNDED, dtype, PTX)
+            e, f, g, h, _, _, _, _ = _planes(w, scales, zeros, tile, 1, n, N, G, KIND, ZEROS, ROUNDED, dtype, PTX)
+            a, b, c, d = side_by_side(a, e), side_by_side(b, f), side_by_side(c, g), side_by_side(d, h)
         else:
-            for p in tl.static_range(4):
-                if G == 64:
-                    pair, which = tile * 2 + p // 2, p % 2
-                else:
-                    pair, which = tile * 4 + p, part
-                s, z = _numbers(scales, zeros, pair, which, n, N, KIND, ZEROS)
-                if p == 0:
-                    acc = _plane(acc, a, s, z, x, is_row, K, k, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
-                elif p == 1:
-                    acc = _plane(acc, b, s, z, x, is_row, K, k + 64, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
-                elif p == 2:
-                    acc = _plane(acc, c, s, z, x, is_row, K, k + 128, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
-                else:
-                    acc = _plane(acc, d, s, z, x, is_row, K, k + 192, ZEROS, BY_SUMS, ROUNDED, WHOLE, dtype)
+            a, b, c, d, of_a, of_b, of_c, of_d = _planes(
+                w, scales, zeros, tile, part, n, N, G, KIND, ZEROS, ROUNDED, dtype, PTX
+            )
+        if ROUNDED:
+            acc = _two_planes(acc, a, b, x, is_row, K, k, WIDE, WHOLE)
+            acc = _two_planes(acc, c, d, x, is_row, K, k + 128, WIDE, WHOLE)
+        elif G == 32 or G == 64:
+            acc = _plane(acc, a, of_a, x, is_row, K, k, ZEROS, WHOLE)
+            acc = _plane(acc, b, of_b, x, is_row, K, k + 64, ZEROS, WHOLE)
+            acc = _plane(acc, c, of_c, x, is_row, K, k + 128, ZEROS, WHOLE)
+            acc = _plane(acc, d, of_d, x, is_row, K, k + 192, ZEROS, WHOLE)
+        else:  # the planes of one side of a tile are of one group
+            acc = _side(acc, a, b, of_a, x, is_row, K, k, ZEROS, WIDE, WHOLE)
+            acc = _side(acc, c, d, of_c, x, is_row, K, k + 128, ZEROS, WIDE, WHOLE)
     return acc
 
 
 @triton.jit
-def _group(
-    scales, zeros, k, side: tl.constexpr, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr
+def _planes(
+    w, scales, zeros, tile, part, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
+    ROUNDED: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """The scale and zero of one side of the tile at column k."""
-    if G == 0:
-        s, z = _numbers(scales, zeros, 0, 0, n, N, KIND, ZEROS)
-    elif G == 128:  # both sides are one pair, which is then loaded once
-        s, z = _numbers(scales, zeros, k // 256, side, n, N, KIND, ZEROS)
+    """Four planes of a tile or of half of it: weights if ROUNDED, else codes, less their zeros if these are integers;
+    and four pairs of scales and zeros [BN, 1]."""
+    of_a = _group(scales, zeros, tile, part, 0, n, N, G, KIND, ZEROS)
+    of_b = _group(scales, zeros, tile, part, 1, n, N, G, KIND, ZEROS)
+    of_c = _group(scales, zeros, tile, part, 2, n, N, G, KIND, ZEROS)
+    of_d = _group(scales, zeros, tile, part, 3, n, N, G, KIND, ZEROS)
+    words = tl.load(w + tile * 4096 + part * 2048)
+    if ZEROS == "int16":
+        a, b, c, d = four_planes_less(words, of_a[1], of_b[1], of_c[1], of_d[1], dtype, PTX)
     else:
-        group = (k + side * 128) // G
-        s, z = _numbers(scales, zeros, group // 2, group % 2, n, N, KIND, ZEROS)
-    return s, z
+        a, b, c, d = four_planes(words, dtype, PTX)
+    if ROUNDED:
+        a, b, c, d = a * of_a[0].to(dtype), b * of_b[0].to(dtype), c * of_c[0].to(dtype), d * of_d[0].to(dtype)
+    return a, b, c, d, of_a, of_b, of_c, of_d
 
 
 @triton.jit
-def _numbers(scales, zeros, pair, which, n, N, KIND: tl.constexpr, ZEROS: tl.constexpr):
-    s = number(scales, pair, which, n, N, KIND)
+def _group(
+    scales, zeros, tile, part, plane: tl.constexpr, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr
+):  # fmt: skip
+    """The scales and zeros [BN, 1] of a plane of a tile, or of half of it."""
+    if G == 0:
+        pair, which = 0, 0
+    elif G == 32:
+        pair, which = tile * 4 + plane, part
+    elif G == 64:
+        pair, which = tile * 2 + plane // 2, plane % 2
+    elif G == 128:  # both sides are one pair, which is then loaded once
+        pair, which = tile, plane // 2
+    else:
+        group = (tile * 256 + plane // 2 * 128) // G  # of a side, as both its planes are of one
+        pair, which = group // 2, group % 2
+    s = number(scales, pair, which, n, N, KIND)[:, None]
     z = s  # not used
     if ZEROS != "none":
-        z = number(zeros, pair, which, n, N, ZEROS) - 8.0
+        z = number(zeros, pair, which, n, N, ZEROS)[:, None]
     return s, z
 
 
 @triton.jit
 def _side(
-    acc, a, b, s, z, x, is_row, K, k,
-    ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
-    WHOLE: tl.constexpr, dtype: tl.constexpr,
+    acc, a, b, of_both, x, is_row, K, k, ZEROS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
     """acc + what two planes of one group give. Columns k.. and k + 64.. of x go with them."""
-    WIDTH: tl.constexpr = a.shape[1]
-    a, b = _weights(a, s, z, ZEROS, BY_SUMS, ROUNDED), _weights(b, s, z, ZEROS, BY_SUMS, ROUNDED)
-    p = _start(acc, ROUNDED)
-    sums = tl.zeros(acc.shape, tl.float32)
-    j = tl.arange(0, WIDTH)
-    if WIDE:
-        both = tl.arange(0, 2 * WIDTH)
-        columns = _columns(x, is_row, K, k + both // WIDTH * 64 + both % WIDTH, WHOLE)
-        p, sums = _product(side_by_side(a, b), columns, p, sums, ZEROS, BY_SUMS, dtype)
-    else:
-        p, sums = _product(a, _columns(x, is_row, K, k + j, WHOLE), p, sums, ZEROS, BY_SUMS, dtype)
-        p, sums = _product(b, _columns(x, is_row, K, k + 64 + j, WHOLE), p, sums, ZEROS, BY_SUMS, dtype)
-    return _scaled(acc, p, sums, s, z, ZEROS, BY_SUMS, ROUNDED)
+    s, z = of_both
+    p = _two_planes(tl.zeros(acc.shape, tl.float32), a, b, x, is_row, K, k, WIDE, WHOLE)
+    if _by_sums(ZEROS):
+        ones = tl.full(a.shape, 1.0, a.dtype)
+        sums = _two_planes(tl.zeros(acc.shape, tl.float32), ones, ones, x, is_row, K, k, WIDE, WHOLE)
+        p -= (z - 8.0) * sums
+    return acc + p * s
 
 
 @triton.jit
-def _plane(
-    acc, q, s, z, x, is_row, K, k,
-    ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WHOLE: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+def _plane(acc, q, of_q, x, is_row, K, k, ZEROS: tl.constexpr, WHOLE: tl.constexpr):
     """acc + what one plane gives, whose columns are k.. of x."""
-    p = _start(acc, ROUNDED)
-    sums = tl.zeros(acc.shape, tl.float32)
+    s, z = of_q
     columns = _columns(x, is_row, K, k + tl.arange(0, q.shape[1]), WHOLE)
-    p, sums = _product(_weights(q, s, z, ZEROS, BY_SUMS, ROUNDED), columns, p, sums, ZEROS, BY_SUMS, dtype)
-    return _scaled(acc, p, sums, s, z, ZEROS, BY_SUMS, ROUNDED)
+    p = tl.dot(q, columns)
+    if _by_sums(ZEROS):
+        p -= (z - 8.0) * tl.dot(tl.full(q.shape, 1.0, q.dtype), columns)
+    return acc + p * s
+
+
+@triton.constexpr_function
+def _by_sums(ZEROS):
+    """Whether zeros are applied with sums of x: those that are no integers."""
+    return ZEROS not in ("none", "int16")
+
+
+@triton.jit
+def _two_planes(acc, a, b, x, is_row, K, k, WIDE: tl.constexpr, WHOLE: tl.constexpr):
+    """acc + a and b times columns k.. and k + 64.. of x."""
+    WIDTH: tl.constexpr = a.shape[1]
+    if WIDE:
+        both = tl.arange(0, 2 * WIDTH)
+        columns = _columns(x, is_row, K, k + both // WIDTH * 64 + both % WIDTH, WHOLE)
+        acc = tl.dot(side_by_side(a, b), columns, acc)
+    else:
+        j = tl.arange(0, WIDTH)
+        acc = tl.dot(a, _columns(x, is_row, K, k + j, WHOLE), acc)
+        acc = tl.dot(b, _columns(x, is_row, K, k + 64 + j, WHOLE), acc)
+    return acc
 
 
 @triton.jit
@@ -151,40 +180,3 @@ def _columns(x, is_row, K, k, WHOLE: tl.constexpr):
     else:
         columns = tl.load(x + k[:, None], mask=is_row & (k < K)[:, None], other=0.0)
     return columns
-
-
-@triton.jit
-def _weights(q, s, z, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr):
-    """The matmul's operand: codes, less their zeros unless these are applied by sums, scaled if that is not left to the
-    sums."""
-    if ZEROS != "none" and not BY_SUMS:
-        q -= z.to(q.dtype)[:, None]
-    if ROUNDED:
-        q *= s.to(q.dtype)[:, None]
-    return q
-
-
-@triton.jit
-def _start(acc, ROUNDED: tl.constexpr):
-    """What a group's products are added to."""
-    return acc if ROUNDED else tl.zeros(acc.shape, tl.float32)
-
-
-@triton.jit
-def _product(q, x, p, sums, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, dtype: tl.constexpr):
-    """p + q @ x, and sums + the sums of x in the same layout, if they are needed."""
-    p = tl.dot(q, x, p)
-    if ZEROS != "none" and BY_SUMS:
-        sums = tl.dot(tl.full(q.shape, 1.0, dtype), x, sums)
-    return p, sums
-
-
-@triton.jit
-def _scaled(acc, p, sums, s, z, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr):
-    if ROUNDED:
-        acc = p
-    else:
-        if ZEROS != "none" and BY_SUMS:
-            p -= z[:, None] * sums
-        acc += p * s[:, None]
-    return acc

@@ -1,5 +1,5 @@
 """Routed experts in Triton: ``up`` computes act(W13 x) for blocks of (token, choice) pairs of one expert, ``down`` the
-second projection times the router's weight, ``add_up`` each token's sum over its choices, in their order.
+second projection times the router's weight, ``add_up`` each token's sum over its choices, always in the same order.
 
 With few tokens every pair is a block (PAIRWISE): nothing is sorted, and the last of a token's programs to arrive adds
 up. Otherwise ``routing.py`` has made the blocks. A program finds what it has to do in memory, so that a CUDA graph may
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from inductor_ext.kernels.gpu import fp4_mainloop, fp4_scaled, mainloop
+from inductor_ext.kernels.gpu.early import begin
 from inductor_ext.kernels.gpu.fp4 import round_to_e4m3
 from inductor_ext.kernels.gpu.routing import expert_of
 
@@ -35,13 +36,15 @@ def _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM: tl.conste
 def up_kernel(
     x, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, h,
     NUMBER, E, TOP_K, HIDDEN, INNER, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, alpha, limit, x_scale, h_scale,
+    EARLY: tl.constexpr,
     GATE_UP: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr, ON_INPUT: tl.constexpr,
     CODES: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """h [pairs, INNER] = act(W13 x + b13), rounded to h's dtype. A tile has gates and ups of the same outputs."""
+    begin(EARLY)
     expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
     if expert >= 0:
         OUT: tl.constexpr = BN if GATE_UP == "none" else BN // 2
@@ -56,7 +59,7 @@ def up_kernel(
         acc = _projected(
             w, scales, zeros, e, row, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS,
             x + (tl.maximum(pair, 0) // TOP_K).to(tl.int64)[None, :] * HIDDEN, is_row[None, :], HIDDEN, x_scale,
-            CODES, BN, BM, WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
+            CODES, BN, BM, WIDTH, G, KIND, ZEROS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if ON_INPUT:
             acc *= tl.load(topk_weights + pair, mask=is_row, other=0.0).to(tl.float32)[None, :]
@@ -89,7 +92,7 @@ def _projected(
     w, scales, zeros, e, row, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS,
     x, is_row, K, x_scale,
     CODES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """float32 [BN, BM]: these rows of expert e's weight times x, and its scale if it has one. ``CODES`` says which of
@@ -102,7 +105,7 @@ def _projected(
             scales + e * SCALE_ROWS * ROWS,
             None if ZEROS == "none" else zeros + e * ZERO_ROWS * ROWS,
             row, ROWS, x, is_row, K, 0, STEPS,
-            WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
+            WIDTH, G, KIND, ZEROS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
     elif CODES == "e2m1 planes":
         acc = fp4_mainloop.accumulate(
@@ -140,14 +143,15 @@ def _activated(g, ACTIVATION: tl.constexpr):
 @triton.jit
 def down_kernel(
     h, w, scales, zeros, bias, topk_weights, ids, expert_map, slots, block_expert, total, y, out, arrived,
-    NUMBER, E, TOP_K, INNER, HIDDEN, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, scaling, h_scale,
-    ON_INPUT: tl.constexpr,
+    NUMBER, E, TOP_K: tl.constexpr, INNER, HIDDEN, ROWS, STEPS, SCALE_ROWS, ZERO_ROWS, scaling, h_scale,
+    EARLY: tl.constexpr, ON_INPUT: tl.constexpr,
     CODES: tl.constexpr,
     PAIRWISE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr,
-    KIND: tl.constexpr, ZEROS: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
+    KIND: tl.constexpr, ZEROS: tl.constexpr, ROUNDED: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y [pairs, HIDDEN] = weight * (W2 h + b2). PAIRWISE, also out [T, HIDDEN]: a token's sum, times scaling."""
+    begin(EARLY)
     expert, pair = _block(ids, expert_map, slots, block_expert, total, NUMBER, E, BM, PAIRWISE)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     if expert >= 0:
@@ -156,7 +160,7 @@ def down_kernel(
         acc = _projected(
             w, scales, zeros, e, tl.minimum(n, ROWS - 1), ROWS, STEPS, SCALE_ROWS, ZERO_ROWS,
             h + tl.maximum(pair, 0).to(tl.int64)[None, :] * INNER, is_row[None, :], INNER, h_scale,
-            CODES, BN, BM, WIDTH, G, KIND, ZEROS, BY_SUMS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
+            CODES, BN, BM, WIDTH, G, KIND, ZEROS, ROUNDED, WIDE, WHOLE, STAGES, PTX,
         )  # fmt: skip
         if bias is not None:
             acc += tl.load(bias + e * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[:, None]
@@ -182,20 +186,22 @@ def quantise_kernel(x, x_scale, quantised, COUNT, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_up_kernel(y, out, ids, expert_map, TOP_K, HIDDEN, NUMBER, E, scaling, BN: tl.constexpr):
-    """out [T, HIDDEN]: each token's sum over its pairs, in their order, times scaling."""
+def add_up_kernel(
+    y, out, ids, expert_map, TOP_K: tl.constexpr, HIDDEN, NUMBER, E, scaling, EARLY: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """out [T, HIDDEN]: each token's sum over its pairs, times scaling."""
+    begin(EARLY)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     _add_up(y, out, ids, expert_map, tl.program_id(0), n, TOP_K, HIDDEN, NUMBER, E, scaling)
 
 
 @triton.jit
-def _add_up(y, out, ids, expert_map, token, n, TOP_K, HIDDEN, NUMBER, E, scaling):
-    first = token.to(tl.int64) * TOP_K
-    acc = tl.zeros(n.shape, tl.float32)
-    for j in range(TOP_K):
-        # What no expert computed is not there to be read.
-        there = expert_of(ids, first + j, True, expert_map, NUMBER, E) >= 0
-        acc += tl.load(y + (first + j) * HIDDEN + n, mask=there & (n < HIDDEN), other=0.0, cache_modifier=".cg").to(
-            tl.float32
-        )
-    tl.store(out + token.to(tl.int64) * HIDDEN + n, (acc * scaling).to(out.dtype.element_ty), mask=n < HIDDEN)
+def _add_up(y, out, ids, expert_map, token, n, TOP_K: tl.constexpr, HIDDEN, NUMBER, E, scaling):
+    # All at once, so that no load waits for another.
+    j = tl.arange(0, triton.next_power_of_2(TOP_K))
+    pair = token.to(tl.int64) * TOP_K + j
+    there = expert_of(ids, pair, j < TOP_K, expert_map, NUMBER, E) >= 0  # what no expert computed is not there
+    known = there[:, None] & (n < HIDDEN)[None, :]
+    each = tl.load(y + pair[:, None] * HIDDEN + n[None, :], mask=known, other=0.0, cache_modifier=".cg")
+    total = tl.sum(each.to(tl.float32), 0) * scaling
+    tl.store(out + token.to(tl.int64) * HIDDEN + n, total.to(out.dtype.element_ty), mask=n < HIDDEN)

@@ -85,7 +85,6 @@ def projection(config: tuning.MoeConfig, packed: Packed, bias: Tensor | None, K:
         "G": 32,
         "KIND": "fp32" if floats else "e8m0",
         "ZEROS": "none",
-        "BY_SUMS": False,
         "ROUNDED": False,
         "WIDE": 2048 * config.num_warps >= config.BN * config.BM,  # else the results take most registers
         "WHOLE": K % fp4_planes.COLUMNS == 0,

@@ -77,7 +77,6 @@ def projection(config: tuning.MoeConfig, packed: Packed, bias: Tensor | None, K:
         "G": 32,
         "KIND": "e8m0",
         "ZEROS": "none",
-        "BY_SUMS": False,
         "ROUNDED": False,
         "WIDE": True,
         "WHOLE": K % config.WIDTH == 0,

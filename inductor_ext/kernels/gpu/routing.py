@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from inductor_ext.kernels.gpu.early import begin
+
 
 @triton.jit
 def expert_of(ids, pair, known, expert_map, NUMBER, E):
@@ -35,8 +37,10 @@ def route_kernel(
     BINS: tl.constexpr,  # a power of two above E
     BM: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program an expert: each counts all, and writes its own blocks."""
+    begin(EARLY)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)

@@ -22,7 +22,6 @@ class Config:
     WIDTH: int
     WIDE: bool
     SPLITS: int
-    BY_SUMS: bool
     ROUNDED: bool
     STAGES: int
     num_warps: int
@@ -54,46 +53,64 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
         # Many small programs: what counts is how many bytes are under way.
         splits = _splits(-(-N // 32), steps, 3 * processors)
         stages = 4 if splits > 1 and steps >= 8 * splits else 3
-        return Config(
-            BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, BY_SUMS=True, ROUNDED=False, STAGES=stages, num_warps=2
-        )
+        return Config(BN=32, BM=8, WIDTH=64, WIDE=False, SPLITS=splits, ROUNDED=False, STAGES=stages, num_warps=2)
     if arch.startswith("gfx1"):
-        # Vector registers hold half a tile's codes and 32 rows of x, and bfloat16 has no subtraction of its own.
+        # Vector registers hold half a tile's codes and 32 rows of x.
         BM = 16 if M <= 16 else 32
         splits = _splits(-(-N // 64) * -(-M // BM), steps, 3 * processors)
-        return Config(64, BM, 32, WIDE=True, SPLITS=splits, BY_SUMS=True, ROUNDED=False, STAGES=2, num_warps=BM // 4)
+        return Config(64, BM, 32, WIDE=True, SPLITS=splits, ROUNDED=False, STAGES=2, num_warps=BM // 4)
     if M <= 64 or amd:
         BM = 16 if M <= 16 else 32 if M <= 32 else 64
         width = 64 if BM < 64 or amd or arch in _ROOMY else 32
-        splits = _splits(-(-N // 64) * -(-M // BM), steps, {16: 3, 32: 2.2, 64: 2}[BM] * processors)
-        return Config(
-            64, BM, width, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4
-        )
+        wanted = {16: 3, 32: 2.2, 64: 2}[BM]
+        if BM == 64 and arch in _ROOMY and _short(N, steps, processors):
+            width, wanted = 32, 4  # halves of steps: then four programs share a processor
+        if BM == 32 and not amd and (large := _large(N, steps, processors)) is not None:
+            return large
+        splits = _splits(-(-N // 64) * -(-M // BM), steps, wanted * processors)
+        return Config(64, BM, width, WIDE=True, SPLITS=splits, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4)
     tiles = -(-N // 64) * -(-M // 128)
     if (tiles >= 2 * processors or arch not in _ROOMY) and -(-N // 64) % 2 == 0:
-        return Config(128, 128, 32, WIDE=True, SPLITS=1, BY_SUMS=False, ROUNDED=True, STAGES=3, num_warps=8)
+        return Config(128, 128, 32, WIDE=True, SPLITS=1, ROUNDED=True, STAGES=3, num_warps=8)
     splits = _splits(tiles, steps, 2.25 * processors)
     # A short run of steps does without the third stage, and three programs share a processor.
     stages = 2 if steps <= 8 * splits else 3
-    return Config(64, 128, 32, WIDE=True, SPLITS=splits, BY_SUMS=False, ROUNDED=True, STAGES=stages, num_warps=4)
+    return Config(64, 128, 32, WIDE=True, SPLITS=splits, ROUNDED=True, STAGES=stages, num_warps=4)
 
 
 _PER_STEP = {(128, 64): 0.55, (256, 64): 0.95, (128, 128): 0.74, (256, 128): 1.38}
 """Of the kernels in ``hopper``: us of a step, by BN and BM, on an H200 whose processors are all at work."""
 
 
-def hopper(M: int, N: int, K: int, processors: int, float_zeros: bool) -> Hopper | None:
+def _short(N: int, steps: int, processors: int) -> bool:
+    """Whether there are few tiles of 64 rows, each of a short run of steps."""
+    tiles = -(-N // 64)
+    return steps <= 16 and 4 * tiles <= 3 * processors
+
+
+def _large(N: int, steps: int, processors: int) -> Config | None:
+    """For 17 to 32 rows and a large weight: tiles twice as tall, if there are just under two of them a processor."""
+    tiles = -(-N // 128)
+    splits = _splits(tiles, steps, 2 * processors)
+    fits = 1.6 * processors <= tiles * splits <= 2 * processors
+    if N * steps < 200_000 or not fits or -(-N // 64) % 2:
+        return None
+    return Config(128, 32, 64, WIDE=True, SPLITS=splits, ROUNDED=False, STAGES=3, num_warps=8)
+
+
+def hopper(M: int, N: int, K: int, group_size: int, processors: int, float_zeros: bool) -> Hopper | None:
     """For M rows of N results by the kernel for Hoppers; None where another is faster.
 
     By an estimate in us: how often the device is filled, times what a tile takes, and with splits the time that their
     parts take to be written and read.
     """
+    steps = -(-K // 256)
     wide = -(-N // 256)
-    if M <= 32 or (M <= 64 and wide < 0.8 * processors):
+    few = 8 * wide < 0.7 * processors or (_short(N, steps, processors) and group_size != 32)
+    if M <= 32 or (M <= 64 and few):
         return None
     if (float_zeros and M >= 768) or M >= 8192:  # dequantising is little beside so large a product
         return None
-    steps = -(-K // 256)
     found = []
     for (BN, BM), step in _PER_STEP.items():
         tiles = -(-N // BN) * -(-M // BM)
@@ -124,9 +141,12 @@ def decode(units: int, tiles: int, processors: int) -> Decode:
 
 
 def _splits(tiles: int, steps: int, wanted: float) -> int:
-    """How many programs share a tile, so that there are about as many as wanted; about three steps each at least."""
+    """How many programs share a tile, so that there are about as many as wanted; about three steps each at least, or
+    two where programs are few."""
     splits = 1
-    while 1.5 * tiles * splits < wanted and steps >= 6 * splits and splits < 16:
+    while 1.5 * tiles * splits < wanted and splits < 16:
+        if steps < (4 if 4 * tiles * splits <= wanted else 6) * splits:
+            break
         splits *= 2
     return -(-steps // -(-steps // splits))  # fewer, where shares are rounded up so that the last ones had none
 
@@ -177,6 +197,12 @@ def moe(pairs: int, E: int, H: int, I: int, arch: str) -> tuple[MoeConfig, MoeCo
         config = MoeConfig(False, 128, 64, 32, 3, 8)
         return config, config
     return MoeConfig(False, 128, 128, 32, 3, 8), MoeConfig(False, 64, 128, 32, 3, 4)
+
+
+def early(arch: str, H: int, I: int) -> bool:  # noqa: E741
+    """Whether a layer's kernels start while those before them end (see ``early.py``). Long programs should not: those
+    that start first all land on the processors that are free first, and stay (Mixtral's sizes took 28 % longer)."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90 and max(H, I) <= 2048
 
 
 def hopper_moe(pairs: int, E: int) -> tuple[Hopper, Hopper] | None:

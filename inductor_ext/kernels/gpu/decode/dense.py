@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from inductor_ext.kernels.gpu.decode.loop import add_step, fetch, make_stages, sums
+from inductor_ext.kernels.gpu.decode.loop import add_step, fetch, make_stages, sum_up, sums
 
 
 @gluon.jit
@@ -16,14 +16,17 @@ def linear_kernel(
     ROWS,  # N filled up to a multiple of 64
     ACROSS,  # tiles of a row
     WARPS: gl.constexpr, STAGES: gl.constexpr, G: gl.constexpr, KIND: gl.constexpr, ZEROS: gl.constexpr,
+    CHUNKS: gl.constexpr,  # see `chunks`; 0 if there are no zeros
 ):  # fmt: skip
-    stages = make_stages(x.dtype.element_ty, WARPS, STAGES, G, ZEROS)
+    stages = make_stages(x.dtype.element_ty, WARPS, STAGES, G, ZEROS, CHUNKS)
     weight = (w, scales, zeros, ROWS, ACROSS)
     steps = gl.cdiv(ACROSS, WARPS)
     ahead_row, ahead = gl.program_id(0) * 16, 0
     for stage in gl.static_range(STAGES - 1):
-        fetch((x, K), weight, (ahead_row, ahead), stages, stage, ahead_row < ROWS, WARPS, G, ZEROS)
+        fetch((x, K), weight, (ahead_row, ahead), stages, stage, ahead_row < ROWS, WARPS, STAGES, G, ZEROS)
         ahead_row, ahead = _next(ahead_row, ahead, steps)
+    if ZEROS != "none":
+        sum_up(x, K, stages, WARPS, G, CHUNKS)
     stage = 0
     R: gl.constexpr = gl.SliceLayout(0, sums(WARPS))
     m = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, R)), 0)
@@ -34,7 +37,7 @@ def linear_kernel(
             acc = add_step(acc, stages, stage, step, WARPS, G, KIND, ZEROS)
             # All warps are through with the stage before this one, which is the one that is filled now.
             free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            fetch((x, K), weight, (ahead_row, ahead), stages, free, ahead_row < ROWS, WARPS, G, ZEROS)
+            fetch((x, K), weight, (ahead_row, ahead), stages, free, ahead_row < ROWS, WARPS, STAGES, G, ZEROS)
             ahead_row, ahead = _next(ahead_row, ahead, steps)
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         y = gl.sum(acc, 0)

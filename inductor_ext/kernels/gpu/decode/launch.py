@@ -21,6 +21,7 @@ def can(packed: Packed, x: Tensor) -> bool:
 def dense(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
     """out [1, N] = x [1, K] @ W^T + bias."""
     from inductor_ext.kernels.gpu.decode.dense import linear_kernel
+    from inductor_ext.kernels.gpu.decode.loop import chunks
 
     K, N = x.shape[1], out.shape[1]
     down, across, _ = packed.qweight.shape
@@ -39,6 +40,8 @@ def dense(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: 
         across,
         WARPS=config.WARPS,
         STAGES=config.STAGES,
+        CHUNKS=0 if packed.zeros is None else chunks(K, config.WARPS),
         num_warps=config.WARPS,
+        maxnreg=65536 // (4 * 32 * config.WARPS),  # four programs share a processor
         **{name: meaning[name] for name in ("G", "KIND", "ZEROS")},
     )

@@ -8,6 +8,8 @@ Codes go to shared memory and back within a thread, 16 bytes at a time, eight wo
 older one, ``mma``, whose operands are registers) these eight are columns 2 c, 2 c + 1, 2 c + 8, 2 c + 9 of two steps of
 its own: which columns they are in truth does not matter as long as x's are the same. It has eight columns for x, all of
 which are the one row.
+
+Zeros are applied with sums of x (see ``mainloop``), which a program makes once, while its first tiles are on their way.
 """
 
 from __future__ import annotations
@@ -50,6 +52,16 @@ def groups(G):
     return {32: 8, 64: 4}.get(G, 2)
 
 
+_AT_ONCE: gl.constexpr = gl.constexpr(4)
+"""Steps whose columns of x are summed up together."""
+
+
+@triton.constexpr_function
+def chunks(K, WARPS):
+    """How often that is."""
+    return -(-K // (256 * WARPS * _AT_ONCE.value))
+
+
 @triton.constexpr_function
 def piece(group, i, G):
     """Which half of which plane (two a plane) is the i-th of a tile's group."""
@@ -58,27 +70,48 @@ def piece(group, i, G):
 
 @gluon.jit
 def make_stages(
-    dtype: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr
+    dtype: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr,
+    CHUNKS: gl.constexpr,
 ):  # fmt: skip
-    """Shared memory for so many steps: a tile for each warp."""
+    """Shared memory for so many stages: a tile for each warp; and for the sums of x."""
     xs = gl.allocate_shared_memory(dtype, [STAGES, WARPS, 1, 256], plain(3))
     ws = gl.allocate_shared_memory(gl.int16, [STAGES, WARPS, 32, 32], plain(3))
     ss = gl.allocate_shared_memory(gl.int32, [STAGES * words_of(G), WARPS, 16], plain(2))
-    zs = ss
+    zs, totals = ss, ss
     if ZEROS != "none":
         zs = gl.allocate_shared_memory(gl.int32, [STAGES * words_of(G), WARPS, 16], plain(2))
-    return xs, ws, ss, zs
+        totals = gl.allocate_shared_memory(gl.float32, [CHUNKS * _AT_ONCE, WARPS, groups(G)], plain(2))
+    return xs, ws, ss, zs, totals
+
+
+@gluon.jit
+def sum_up(x, K, stages, WARPS: gl.constexpr, G: gl.constexpr, CHUNKS: gl.constexpr):
+    """The sum of x over each group, kept in shared memory."""
+    P: gl.constexpr = groups(G)
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 1, P, 32 // P], [1, WARPS, 1, 1], [3, 2, 1, 0])
+    step = gl.arange(0, _AT_ONCE, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    step = gl.expand_dims(gl.expand_dims(gl.expand_dims(step, 1), 2), 3)
+    warp, group, k = _places(P, 256 // P, gl.SliceLayout(0, L), WARPS)
+    k = gl.expand_dims(warp * 256 + group * (256 // P) + k, 0) + step * (WARPS * 256)
+    totals = stages[4]._reinterpret(gl.float32, [CHUNKS, _AT_ONCE, WARPS, P], plain(3))
+    part = gl.load(x + k, mask=k < K, other=0.0)
+    for chunk in gl.static_range(CHUNKS):
+        k += _AT_ONCE * WARPS * 256
+        after = gl.load(x + k, mask=k < K, other=0.0)  # is on its way while this one is summed up
+        totals.index(chunk).store(gl.sum(part.to(gl.float32), 3))
+        part = after
 
 
 @gluon.jit
 def fetch(
-    x, weight, place, stages, stage, there, WARPS: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr
+    x, weight, place, stages, stage, there, WARPS: gl.constexpr, STAGES: gl.constexpr, G: gl.constexpr,
+    ZEROS: gl.constexpr,
 ):  # fmt: skip
     """Sends for a step: what it needs of x, codes, scales and zeros; for nothing unless it is ``there``.
 
     ``x``: its row and K. ``weight``: codes, scales, zeros, ROWS and ACROSS. ``place``: the first row, and the step.
     """
-    xs, ws, ss, zs = stages
+    xs, ws, ss, zs, _ = stages
     row, K = x
     w, scales, zeros, ROWS, ACROSS = weight
     row0, step = place
@@ -92,20 +125,22 @@ def fetch(
     each = warp * 4096 + r % 16 * 32 + r // 16 * 2048 + word
     known = (warp < ACROSS - first) & there
     async_copy.async_copy_global_to_shared(ws.index(stage), tiles + each, mask=known)
-    S: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [WARPS, 1], [1, 0])
-    warp = gl.expand_dims(gl.arange(0, WARPS, gl.SliceLayout(1, S)), 1)
-    n = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, S)), 0)
-    known = (warp < ACROSS - first) & there
-    for j in gl.static_range(PER):
-        if G == 0:
-            base, each = row0, warp * 0 + n
-        elif G <= 128:
-            base, each = row0 + (first * PER + j) * ROWS, warp * (PER * ROWS) + n
-        else:
-            base, each = row0, ((first + warp) * 256 + j * 128) // G // 2 * ROWS + n
-        async_copy.async_copy_global_to_shared(ss.index(stage * PER + j), scales + base + each, mask=known)
-        if ZEROS != "none":
-            async_copy.async_copy_global_to_shared(zs.index(stage * PER + j), zeros + base + each, mask=known)
+    # All words of a step at once: between copies to parts of one piece of shared memory all warps would have to wait.
+    S: gl.constexpr = gl.BlockedLayout([1, 1, 1], [2, 1, 16], [1, WARPS, 1], [2, 1, 0])
+    j = gl.expand_dims(gl.expand_dims(gl.arange(0, PER, gl.SliceLayout(1, gl.SliceLayout(2, S))), 1), 2)
+    _, warp, n = _places(WARPS, 16, S, 1)
+    if G == 0:
+        base, each = row0, j + warp * 0 + n
+    elif G <= 128:
+        base, each = row0 + first * PER * ROWS, warp * (PER * ROWS) + j * ROWS + n
+    else:
+        base, each = row0, ((first + warp) * 256 + j * 128) // G // 2 * ROWS + n
+    known = (warp + j * 0 + n * 0 < ACROSS - first) & there
+    words = ss._reinterpret(gl.int32, [STAGES, PER, WARPS, 16], plain(3))
+    async_copy.async_copy_global_to_shared(words.index(stage), scales + base + each, mask=known)
+    if ZEROS != "none":
+        words = zs._reinterpret(gl.int32, [STAGES, PER, WARPS, 16], plain(3))
+        async_copy.async_copy_global_to_shared(words.index(stage), zeros + base + each, mask=known)
     async_copy.commit_group()
 
 
@@ -124,20 +159,18 @@ def add_step(
     acc, stages, stage, step, WARPS: gl.constexpr, G: gl.constexpr, KIND: gl.constexpr, ZEROS: gl.constexpr
 ):  # fmt: skip
     """acc [WARPS, 16, 8] + what a step gives."""
-    xs, ws, ss, zs = stages
+    xs, ws, ss, zs, totals = stages
     b = _x(xs.index(stage), WARPS)
     words = ws.index(stage)
     q0, q2, q4, q6 = four_planes(words.slice(0, 16, 1).load(runs(WARPS)), xs.dtype, True)
     q1, q3, q5, q7 = four_planes(words.slice(16, 16, 1).load(runs(WARPS)), xs.dtype, True)
     q = (q0, q1, q2, q3, q4, q5, q6, q7)
-    if ZEROS != "none":
-        ones = gl.full([WARPS, 16, 32], 1.0, xs.dtype, gl.DotOperandLayout(0, sums(WARPS), 2))
     for g in gl.static_range(groups(G)):
         p = gl.zeros(acc.shape, gl.float32, sums(WARPS))
         if ZEROS != "none":
-            for i in gl.static_range(8 // groups(G)):
-                p = mma_v2(ones, b[piece(g, i, G)], p)
-            p *= 8.0 - _number(zs, stage, g, step, WARPS, G, ZEROS)
+            total = totals.index(step).slice(g, 1, 1)
+            total = gl.expand_dims(total.load(gl.SliceLayout(2, sums(WARPS))), 2)
+            p += (8.0 - _number(zs, stage, g, step, WARPS, G, ZEROS)) * total
         for i in gl.static_range(8 // groups(G)):
             p = mma_v2(_first(q[piece(g, i, G)], WARPS), b[piece(g, i, G)], p)
         acc += p * _number(ss, stage, g, step, WARPS, G, KIND)

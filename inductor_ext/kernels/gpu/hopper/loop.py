@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from inductor_ext.kernels.gpu.codes import four_planes
+from inductor_ext.kernels.gpu.codes import four_planes, four_planes_less, low_half
 from inductor_ext.kernels.gpu.fp4 import scaled_planes
 
 REGISTERS: gl.constexpr = gl.constexpr(240)
@@ -176,7 +176,13 @@ def _rows(
 ):  # fmt: skip
     """acc + what 64 rows of a step give; the matrix unit is still at it."""
     words = ws.index(stage * TALL + r).load(operand(BM))
-    q = scaled_planes(words, s[0]) if CODES == "fp4" else four_planes(words, xs.dtype, True)
+    dtype: gl.constexpr = xs.dtype
+    if CODES == "fp4":
+        q = scaled_planes(words, s[0])
+    elif ZEROS == "int16":
+        q = four_planes_less(words, _zeros(z[0]), _zeros(z[1]), _zeros(z[2]), _zeros(z[3]), dtype, True)
+    else:
+        q = four_planes(words, dtype, True)
     for p in gl.static_range(4):
         x = xs.index(stage * 4 + p).permute((1, 0))
         weights = q[p] if CODES == "fp4" else _weights(q[p], s[p], z[p], ZEROS)
@@ -185,19 +191,22 @@ def _rows(
 
 
 @gluon.jit
+def _zeros(z):
+    """int32 [64, 1]: the integers in the low 16 bits."""
+    return gl.expand_dims(low_half(z, "int16"), 1)
+
+
+@gluon.jit
 def _weights(q, s, z, ZEROS: gl.constexpr):
-    """A plane's weights, rounded once. Integer zeros come off exactly; others do in float32."""
+    """A plane's weights, rounded once: codes less their zeros, times their scales; zeros that are no integers come off
+    here, in float32."""
     s = gl.expand_dims(s.to(gl.int16).to(q.dtype, bitcast=True), 1)
-    if ZEROS == "none":
+    if ZEROS == "none" or ZEROS == "int16":
         w = q * s
     else:
-        z = gl.expand_dims(z.to(gl.int16), 1)
-        if ZEROS == "int16":
-            w = (q - (z - 8).to(q.dtype)) * s
-        else:
-            kind: gl.constexpr = gl.float16 if ZEROS == "fp16" else gl.bfloat16
-            off = z.to(kind, bitcast=True).to(gl.float32) - 8.0
-            w = ((q.to(gl.float32) - off) * s.to(gl.float32)).to(q.dtype)
+        s = s.to(gl.float32)
+        off = (gl.expand_dims(low_half(z, ZEROS), 1) - 8.0) * s
+        w = (q.to(gl.float32) * s - off).to(q.dtype)
     return w
 
 
