@@ -51,7 +51,7 @@ Config = tuning.Config | tuning.Hopper
 def starts(M: int, N: int, K: int, packed: Packed, x: Tensor) -> list[Config]:
     """What the rules choose, were nothing ever dequantised for a dense matmul; and a choice of the other kernel."""
     count, arch = linear.processors(x.device), linear.arch_of(x.device)
-    fused: Config = tuning.dense(M, N, K, arch, count)
+    fused: Config = tuning.dense(M, N, K, arch, count, plain=True)
     if M <= 16 or not hopper.can(packed, x):
         return [fused]
     many = tuning.hopper(M, N, K, GROUP, count, False)

@@ -97,7 +97,7 @@ def test_every_shape_gets_parameters_that_run(arch: str, processors: int) -> Non
     for N, K in SHAPES:
         rows, steps = -(-N // 64) * 64, -(-K // 256)
         for M in (*range(1, 600), *range(600, 4097, 61), 4096):
-            config = tuning.dense(M, N, K, arch, processors)
+            config = tuning.dense(M, N, K, arch, processors, plain=M % 2 == 0)
             told = f"{M} x {N} x {K}: {config}"
             assert rows % config.BN == 0, told
             assert (config.SPLITS - 1) * -(-steps // config.SPLITS) < steps, f"a part without steps: {told}"
@@ -141,9 +141,9 @@ def test_a_layer_is_multiplied_as_was_measured(monkeypatch: pytest.MonkeyPatch) 
         return linear.chosen(x, linear.pack(given), 64, 256 // groups)
 
     assert chosen(2) is own
-    assert chosen(4, torch.uint8) is own
-    rule = tuning.dense(33, 64, 256, "sm_80", 108)
-    assert chosen(8) == chosen(4, torch.float16) == rule != own
+    assert chosen(1) is own
+    rule = tuning.dense(33, 64, 256, "sm_80", 108, plain=False)
+    assert chosen(8) == chosen(4) == chosen(2, torch.uint8) == chosen(2, torch.float16) == rule != own
     found[0] = tuning.Hopper(128, 64, 1, 4)
     assert chosen(2) == rule
 
@@ -166,10 +166,10 @@ def test_the_table_has_parameters_that_run() -> None:
 def test_many_rows_are_split_less() -> None:
     """Splitting costs memory traffic; it is for where programs are few."""
     for N, K in SHAPES:
-        splits = [tuning.dense(M, N, K, "sm_90", 132).SPLITS for M in (128, 256, 1024, 4096)]
+        splits = [tuning.dense(M, N, K, "sm_90", 132, True).SPLITS for M in (128, 256, 1024, 4096)]
         assert splits == sorted(splits, reverse=True)
-    assert tuning.dense(4096, 6144, 4096, "sm_90", 132).SPLITS == 1
-    assert tuning.dense(1, 6144, 4096, "sm_90", 132).SPLITS > 1
+    assert tuning.dense(4096, 6144, 4096, "sm_90", 132, True).SPLITS == 1
+    assert tuning.dense(1, 6144, 4096, "sm_90", 132, True).SPLITS > 1
 
 
 def test_the_numbers_hold_in_triton_s_interpreter() -> None:

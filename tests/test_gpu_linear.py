@@ -57,7 +57,7 @@ def poison() -> None:
 def splits(M: int) -> int:
     N, K, _ = SPLIT
     device = torch.device("cuda", torch.cuda.current_device())
-    return tuning.dense(M, N, K, linear.arch_of(device), linear.processors(device)).SPLITS
+    return tuning.dense(M, N, K, linear.arch_of(device), linear.processors(device), plain=False).SPLITS
 
 
 def call(M: int, seed: int = 0) -> Callable[[], Tensor]:
@@ -121,7 +121,7 @@ def test_more_rows_than_32_bits_can_address() -> None:
     x = torch.zeros(rows, K, dtype=torch.float16, device="cuda")
     x[-40:] = last
     out = torch.empty(rows, N, dtype=torch.float16, device="cuda")
-    config = tuning.dense(rows, N, K, linear.arch_of(x.device), linear.processors(x.device))
+    config = tuning.dense(rows, N, K, linear.arch_of(x.device), linear.processors(x.device), plain=True)
     linear.launch(config, x, linear.pack(w), None, 128, out)
     assert rel_l2(out[-40:], expected(last, w)) <= OWED[torch.float16]
 
@@ -248,7 +248,7 @@ def variant(M: int, N: int, K: int, G: int, packed: Packed, x: Tensor) -> object
     count = linear.processors(x.device)
     if hopper.can(packed, x) and (many := tuning.hopper(M, N, K, G, count, False)) is not None:
         return many
-    config = tuning.dense(M, N, K, linear.arch_of(x.device), count)
+    config = tuning.dense(M, N, K, linear.arch_of(x.device), count, plain=True)
     return config, config.BM >= M
 
 

@@ -66,6 +66,7 @@ print(json.dumps({
     "patterns file": inductor_ext.patterns.__file__,
     "typed": files("inductor_ext").joinpath("py.typed").is_file(),
     "library": files("inductor_ext").joinpath("_cpu.so").is_file(),
+    "measured": files("inductor_ext.kernels.gpu").joinpath("measured.json").is_file(),
     "a package named patterns": find_spec("patterns") is not None,
 }))
 """
@@ -183,6 +184,7 @@ def test_patterns_is_a_subpackage_and_no_top_level_one(probed: dict[str, Any]) -
 def test_types_and_the_cpu_library_come_along(probed: dict[str, Any]) -> None:
     assert probed["typed"]
     assert probed["library"]
+    assert probed["measured"]
 
 
 def test_what_runs_is_what_was_installed(probed: dict[str, Any], home: Path) -> None:
@@ -270,4 +272,5 @@ def test_the_sdist_has_the_sources_and_nothing_built(release: Path) -> None:
     sources = {str(path.relative_to(tree)) for path in tree.glob("csrc/*/*") if path.suffix in (".cpp", ".h", ".hip")}
     assert sources | {"csrc/hip/toolchain.py", "tests/hip/runtime.cpp", "tests/hip/lanes.h"} <= names
     assert {"LICENSE", "CHANGELOG.md", "Makefile", "setup.py", "patterns/__init__.py", "inductor_ext/py.typed"} <= names
+    assert "inductor_ext/kernels/gpu/measured.json" in names
     assert not [name for name in names if name.endswith((".so", ".co", ".pyc"))]

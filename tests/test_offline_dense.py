@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_units
+from offline import DIFFERENT, KB, TARGETS, TWINS, Facts, Recorder, uses_matrix_units
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Packed
@@ -29,12 +29,19 @@ def packed(G: int, zeros: bool, dtype: torch.dtype) -> Packed:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def compiled(target: str, M: int, dtype: torch.dtype, G: int = 128, zeros: bool = False) -> Facts:
+    def compiled(
+        target: str,
+        M: int,
+        dtype: torch.dtype,
+        G: int = 128,
+        zeros: bool = False,
+        config: tuning.Config | None = None,
+    ) -> Facts:
         kernel = Recorder(dense.linear_kernel)
         monkeypatch.setattr(dense, "linear_kernel", kernel)
         monkeypatch.setattr(linear, "arch_of", lambda device: target)
         x, out = (torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N))
-        config = tuning.dense(M, N, K, target, processors=132)
+        config = config or tuning.dense(M, N, K, target, 132, plain=not zeros and G == 128)
         linear.launch(config, x, packed(G, zeros, dtype), None, G, out)
         return kernel.compile(target)
 
@@ -64,6 +71,24 @@ def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None
     check(compiled(target, M, torch.bfloat16, G, zeros=True), target, torch.bfloat16)
 
 
+@pytest.mark.parametrize("target", [target for target in DIFFERENT if target.startswith("sm_")])
+def test_tall_tiles_of_a_large_weight(compiled: Any, target: str) -> None:
+    config = tuning.dense(32, 28672, 4096, target, 132, plain=True)
+    assert config.BN == 128
+    assert tuning.dense(32, 28672, 4096, target, 132, plain=False).BN == 64
+    facts = compiled(target, 32, torch.bfloat16, config=config)
+    check(facts, target, torch.bfloat16)
+    assert facts.shared <= TARGETS["sm_90"].shared // 2 - KB, "two programs share a Hopper's processor"
+
+
+@pytest.mark.parametrize("G", [32, 64])
+@pytest.mark.parametrize("M", [5, 16, 32])
+@pytest.mark.parametrize("target", [target for target in DIFFERENT if target.startswith("sm_")])
+def test_few_rows_of_small_groups(compiled: Any, target: str, M: int, G: int) -> None:
+    """Of groups of 32 both halves of a tile go through the matrix unit together."""
+    check(compiled(target, M, torch.float16, G, zeros=M == 16), target, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", DIFFERENT)
 def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
@@ -79,4 +104,4 @@ def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: t
 @pytest.mark.parametrize("target", TWINS)
 def test_twins_are_treated_alike(target: str) -> None:
     for M in (1, 16, 64, 256):
-        assert tuning.dense(M, N, K, target, 40) == tuning.dense(M, N, K, TWINS[target], 40)
+        assert tuning.dense(M, N, K, target, 40, True) == tuning.dense(M, N, K, TWINS[target], 40, True)

@@ -83,7 +83,8 @@ def chosen(x: Tensor, packed: Packed, N: int, group_size: int) -> tuning.Config 
     M, K = x.shape
     arch, count, others = arch_of(x.device), processors(x.device), float_zeros(packed)
     on_a_hopper = hopper.can(packed, x)
-    if not others and group_size != 32:
+    plain = packed.zeros is None and group_size not in (32, 64)
+    if plain:
         found = measured.dense(M, N, K, arch, count)
         if found is not None and (on_a_hopper or isinstance(found, tuning.Config)):
             return found
@@ -91,7 +92,7 @@ def chosen(x: Tensor, packed: Packed, N: int, group_size: int) -> tuning.Config 
         return many
     if tuning.dense_from(arch, others) <= M:
         return None
-    return tuning.dense(M, N, K, arch, count)
+    return tuning.dense(M, N, K, arch, count, plain)
 
 
 def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:

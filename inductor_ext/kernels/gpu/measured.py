@@ -20,7 +20,7 @@ ROWS = (8, 16, 32, 64, 128, 256)
 
 
 def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config | Hopper | None:
-    """For M rows of N results, of codes in groups of 64 or more whose zeros are integers."""
+    """For M rows of N results, and a plain weight (see ``tuning.dense``), which is what was measured."""
     rows = next((rows for rows in ROWS if rows >= M), None)
     return None if rows is None else _dense(rows, N, K, arch, processors)
 

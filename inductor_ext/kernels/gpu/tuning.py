@@ -46,8 +46,9 @@ def dense_from(arch: str, float_zeros: bool) -> int:
     return 65 if float_zeros else 448
 
 
-def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
-    """For M rows of N results; ``processors`` are the device's SMs or CUs."""
+def dense(M: int, N: int, K: int, arch: str, processors: int, plain: bool) -> Config:
+    """For M rows of N results; ``processors`` are the device's SMs or CUs. A ``plain`` weight has no zeros, and no more
+    than two groups in a step."""
     amd, steps = is_amd(arch), -(-K // 256) or 1
     if M <= 8 and not amd:
         # Many small programs: what counts is how many bytes are under way.
@@ -65,7 +66,7 @@ def dense(M: int, N: int, K: int, arch: str, processors: int) -> Config:
         wanted = {16: 3, 32: 2.2, 64: 2}[BM]
         if BM == 64 and arch in _ROOMY and _short(N, steps, processors):
             width, wanted = 32, 4  # halves of steps: then four programs share a processor
-        if BM == 32 and not amd and (large := _large(N, steps, processors)) is not None:
+        if BM == 32 and plain and not amd and (large := _large(N, steps, processors)) is not None:
             return large
         splits = _splits(-(-N // 64) * -(-M // BM), steps, wanted * processors)
         return Config(64, BM, width, WIDE=True, SPLITS=splits, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4)
@@ -89,7 +90,8 @@ def _short(N: int, steps: int, processors: int) -> bool:
 
 
 def _large(N: int, steps: int, processors: int) -> Config | None:
-    """For 17 to 32 rows and a large weight: tiles twice as tall, if there are just under two of them a processor."""
+    """For 17 to 32 rows and a large plain weight: tiles twice as tall, if there are just under two of them a processor.
+    With zeros, or more groups, shared memory has room for only one of them."""
     tiles = -(-N // 128)
     splits = _splits(tiles, steps, 2 * processors)
     fits = 1.6 * processors <= tiles * splits <= 2 * processors
