@@ -7,12 +7,15 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from dense import ZEROS, activations, dense, expected, weight
 from interpreter import DEVICE, DTYPES, INTERPRETED, needs_a_device, thinned
 from models import OWED, rel_l2
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
 from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu.codes import four_planes, four_planes_less
 from inductor_ext.kernels.gpu.tuning import Config
 
 pytestmark = needs_a_device
@@ -43,9 +46,50 @@ def launched(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("G", "zeros", "variant"), CASES)
 def test_every_variant(G: int, zeros: str, variant: str, dtype: torch.dtype) -> None:
-    """All groups and zeros with each. Float zeros cannot be taken off the codes, whatever the variant says."""
+    """All groups and zeros with each."""
     K = SIZES[G]
     assert launched(VARIANTS[variant], 5, 70, K, G or K, zeros, dtype, dtype) <= OWED[dtype]
+
+
+@triton.jit
+def every_code(out, sample, PTX: tl.constexpr, LESS_8: tl.constexpr):
+    """out [17, 65536, 4]: the codes of each word less each zero, in sample's dtype, as float32."""
+    zero = tl.program_id(0)
+    words = tl.program_id(1) * 1024 + tl.arange(0, 1024)
+    w = words.to(tl.int16)
+    dtype: tl.constexpr = sample.dtype.element_ty
+    if LESS_8:
+        a, b, c, d = four_planes(w, dtype, PTX)
+    else:
+        z = tl.zeros((1024,), tl.int32) + zero
+        a, b, c, d = four_planes_less(w, z, z, z, z, dtype, PTX)
+    first = out + (zero * 65536 + words) * 4
+    tl.store(first, a.to(tl.float32))
+    tl.store(first + 1, b.to(tl.float32))
+    tl.store(first + 2, c.to(tl.float32))
+    tl.store(first + 3, d.to(tl.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("less_8", [False, True])
+def test_every_code_less_every_zero_is_exact(less_8: bool, dtype: torch.dtype) -> None:
+    PTX = DEVICE == "cuda" and linear.arch_of(torch.device(DEVICE, 0)).startswith("sm_")
+    zeros = torch.tensor([8] if less_8 else range(17), device=DEVICE)
+    out = torch.empty(len(zeros), 65536, 4, device=DEVICE)
+    every_code[(len(zeros), 64)](out, torch.empty(1, dtype=dtype, device=DEVICE), PTX=PTX, LESS_8=less_8)
+    codes = (torch.arange(65536, device=DEVICE)[:, None] >> torch.arange(0, 16, 4, device=DEVICE)) & 15
+    assert torch.equal(out, (codes[None] - zeros[:, None, None]).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zeros", ["none", "int"])
+@pytest.mark.parametrize("variant", ["plain", "wide half", "short"])
+def test_groups_of_32_whose_sums_are_scaled(
+    variant: str, zeros: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on AMD GPUs, where weights are not scaled."""
+    monkeypatch.setattr(linear, "steps", lambda *given: {"WIDTH": 32, "ROUNDED": False})
+    assert launched(VARIANTS[variant], 5, 70, 416, 32, zeros, dtype, dtype) <= OWED[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

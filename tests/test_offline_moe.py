@@ -92,3 +92,24 @@ def test_routing_and_adding_up(launched: Any, target: str) -> None:
 def test_twins_are_treated_alike(target: str) -> None:
     for pairs in (8, 128, 2048, 32768):
         assert tuning.moe(pairs, E, H, I, target) == tuning.moe(pairs, E, H, I, TWINS[target])
+
+
+@pytest.mark.parametrize(("target", "early"), [("sm_90", True), ("sm_100", True), ("sm_80", False), ("gfx942", False)])
+@pytest.mark.parametrize("pairs", [8, 128])
+def test_kernels_after_the_first_start_early(launched: Any, target: str, early: bool, pairs: int) -> None:
+    """And wait for those before them, first of all; the first one is launched when all else has ended."""
+    kernels = launched(target, pairs, torch.bfloat16)
+    first = "up_kernel" if pairs == 8 else "route_kernel"
+    for name, kernel in kernels.items():
+        assert kernel.given.get("launch_pdl", False) is (early and name != first), name
+        text = kernel.compile(target).assembly
+        waits, starts = (text.count(f"griddepcontrol.{what}") for what in ("wait;", "launch_dependents;"))
+        assert (waits, starts) == ((1, 1) if early else (0, 0)), name
+        if early:
+            before = text[: text.index("griddepcontrol.wait;")]
+            assert "ld.global" not in before and "st.global" not in before and "cp.async" not in before, name
+
+
+def test_long_programs_do_not_start_early() -> None:
+    for arch, H, I, early in (("sm_90", 2048, 768, True), ("sm_90", 4096, 768, False), ("sm_90", 2048, 14336, False)):  # noqa: E741
+        assert tuning.early(arch, H, I) is early
