@@ -71,7 +71,7 @@ def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None
     check(compiled(target, M, torch.bfloat16, G, zeros=True), target, torch.bfloat16)
 
 
-@pytest.mark.parametrize("target", [target for target in DIFFERENT if target.startswith("sm_")])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_tall_tiles_of_a_large_weight(compiled: Any, target: str) -> None:
     config = tuning.dense(32, 28672, 4096, target, 132, plain=True)
     assert config.BN == 128

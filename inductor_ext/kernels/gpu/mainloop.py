@@ -11,7 +11,8 @@ With very many rows of x the matrix unit is what limits: ROUNDED, each weight is
 weight would be, and the sums of all groups stay in the unit.
 
 A step is a tile of 256 columns, or one half of its words: then each plane is 32 columns wide, and x is read in runs of
-32. Groups of 32 need half steps.
+32. Groups of 32 need half steps, because a plane's halves have scales of their own; with few rows these are ROUNDED,
+and the halves put together.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ def accumulate(
     PTX: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    # Of groups of 32 each half of a tile has its own, but the unit takes the weights of both together.
     WHOLE_TILE: tl.constexpr = ROUNDED and G == 32 and acc.shape[1] <= 32
     PARTS: tl.constexpr = 1 if WHOLE_TILE else 64 // WIDTH
     for step in tl.range(first * PARTS, last * PARTS, num_stages=STAGES):  # said here, scales are loaded ahead too

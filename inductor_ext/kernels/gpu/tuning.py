@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 _ROOMY = ("sm_90", "sm_100")
-"""Where the codes of a whole tile and 64 rows of x are held without spilling registers."""
+"""Where the codes of a whole tile and 64 rows of x are held without spilling registers, and shared memory is 227 KB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def dense(M: int, N: int, K: int, arch: str, processors: int, plain: bool) -> Co
         wanted = {16: 3, 32: 2.2, 64: 2}[BM]
         if BM == 64 and arch in _ROOMY and _short(N, steps, processors):
             width, wanted = 32, 4  # halves of steps: then four programs share a processor
-        if BM == 32 and plain and not amd and (large := _large(N, steps, processors)) is not None:
+        if BM == 32 and plain and arch in _ROOMY and (large := _large(N, steps, processors)) is not None:
             return large
         splits = _splits(-(-N // 64) * -(-M // BM), steps, wanted * processors)
         return Config(64, BM, width, WIDE=True, SPLITS=splits, ROUNDED=False, STAGES=2 if amd else 3, num_warps=4)
