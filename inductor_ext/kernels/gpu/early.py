@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 
 @triton.jit
 def begin(EARLY: tl.constexpr):
     """To be done before a program reads or writes anything: waits until the kernel before is through, and lets the next
     one start."""
-    if EARLY:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    if EARLY:  # by full name, since a Triton built for AMD alone may lack it
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
