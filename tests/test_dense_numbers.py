@@ -12,9 +12,10 @@ import triton.language as tl
 from dense import ZEROS, activations, dense, expected, weight
 from interpreter import DEVICE, DTYPES, INTERPRETED, needs_a_device, thinned
 from models import OWED, rel_l2
+from torch import Tensor
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
-from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu import codes, linear
 from inductor_ext.kernels.gpu.codes import four_planes, four_planes_less
 from inductor_ext.kernels.gpu.tuning import Config
 
@@ -77,8 +78,78 @@ def test_every_code_less_every_zero_is_exact(less_8: bool, dtype: torch.dtype) -
     zeros = torch.tensor([8] if less_8 else range(17), device=DEVICE)
     out = torch.empty(len(zeros), 65536, 4, device=DEVICE)
     every_code[(len(zeros), 64)](out, torch.empty(1, dtype=dtype, device=DEVICE), PTX=PTX, LESS_8=less_8)
-    codes = (torch.arange(65536, device=DEVICE)[:, None] >> torch.arange(0, 16, 4, device=DEVICE)) & 15
-    assert torch.equal(out, (codes[None] - zeros[:, None, None]).float())
+    nibbles = (torch.arange(65536, device=DEVICE)[:, None] >> torch.arange(0, 16, 4, device=DEVICE)) & 15
+    assert torch.equal(out, (nibbles[None] - zeros[:, None, None]).float())
+
+
+@triton.jit
+def every_offset(out):
+    """out [3, 32]: what is added for zeros 0..31, as float32."""
+    z = tl.arange(0, 32)
+    tl.store(out + z, codes._less_1024(z).to(tl.float32))
+    tl.store(out + 32 + z, codes._less_64(z).to(tl.float32))
+    tl.store(out + 64 + z, codes._less_128(z).to(tl.float32))
+
+
+def test_offsets_are_the_numbers_that_their_bits_say() -> None:
+    out = torch.empty(3, 32, device=DEVICE)
+    every_offset[(1,)](out)
+    assert torch.equal(out, -torch.tensor([1024.0, 64, 128], device=DEVICE)[:, None] - torch.arange(32, device=DEVICE))
+
+
+class Ptx:
+    """The few instructions of the assembly that unpacks codes, for 32-bit registers of many threads, on the CPU."""
+
+    def __init__(self, dtype: torch.dtype, registers: dict[str, Tensor]) -> None:
+        self.dtype, self.registers = dtype, registers
+
+    def run(self, text: str) -> None:
+        for line in text.strip(" {}\n").splitlines():
+            called, rest = line.rstrip(";").split(" ", 1)
+            into, *given = (word.strip() for word in rest.split(","))
+            if called != ".reg":
+                a, *others = (self.registers[g] if g in self.registers else torch.tensor([int(g, 0)]) for g in given)
+                self.registers[into] = self.do(called, a, *others)
+
+    def do(self, called: str, a: Tensor, *others: Tensor) -> Tensor:
+        if called == "mov.b32":
+            return a
+        if called == "shr.b32":
+            return a >> others[0]
+        if called == "lop3.b32":
+            assert others[2] == 0xEA
+            return (a & others[0]) | others[1]
+        floats = [self.halves(t) for t in (a, *others)]
+        assert called in ("add.f16x2", "fma.rn.f16x2", "fma.rn.bf16x2")
+        y = floats[0] + floats[1] if called == "add.f16x2" else floats[0] * floats[1] + floats[2]
+        low, high = (half.to(self.dtype).view(torch.int16).long() & 0xFFFF for half in y)
+        return low | high << 16
+
+    def halves(self, t: Tensor) -> Tensor:
+        """[2, threads]: float64, the low half first."""
+        return torch.stack([(t >> s & 0xFFFF).to(torch.uint16).view(self.dtype).double() for s in (0, 16)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("less_8", [False, True])
+def test_the_assembly_unpacks_every_word_exactly(less_8: bool, dtype: torch.dtype) -> None:
+    """CI has no GPU that would run it."""
+    half = dtype == torch.float16
+    plain, fixed = (
+        (codes._ASM_FLOAT16, codes._FLOAT16_LESS_8) if half else (codes._ASM_BFLOAT16, codes._BFLOAT16_LESS_8)
+    )
+    words = torch.arange(65536)
+    wanted = words[:, None] >> torch.arange(0, 16, 4) & 15
+    for zero in (8,) if less_8 else range(17):
+        offsets = torch.tensor([-1024.0, -64, -1024, -64] if half else [-128.0] * 4) - zero
+        bits = offsets.to(dtype).view(torch.int16).long() & 0xFFFF
+        registers = {} if less_8 else {f"${5 + i}": (b | b << 16)[None] for i, b in enumerate(bits)}
+        ptx = Ptx(dtype, registers | {"$4": words | words.flip(0) << 16})
+        ptx.run((fixed if less_8 else plain).value)
+        for i in range(4):
+            low, high = ptx.halves(ptx.registers[f"${i}"])
+            assert torch.equal(low, wanted[:, i].double() - zero)
+            assert torch.equal(high, wanted.flip(0)[:, i].double() - zero)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -87,6 +87,16 @@ def test_sizes_that_fill_no_tile(gate_up: str, T: int) -> None:
         right(experts, *experts.routed(T, min(E, 2)))
 
 
+@pytest.mark.parametrize(("E", "top_k"), [(9, 3), (10, 8), (12, 10), (20, 17)])
+@pytest.mark.parametrize("T", [1, 5])
+def test_any_number_of_choices_is_added_up(T: int, E: int, top_k: int) -> None:
+    """Eight at a time; some of nobody."""
+    experts = made(E=E, H=64, I=32, G=(64, 32))
+    x, weights, ids = experts.routed(T, top_k)
+    ids[0, top_k // 2], ids[-1, -1] = -1, E
+    right(experts, x, weights, ids)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_scales_weights_ids_and_biases_may_have_a_dtype_of_their_own(

@@ -66,6 +66,7 @@ def test_linears(on: pytest.MonkeyPatch, target: str, dtype: torch.dtype, G: int
         (1, 264, torch.float16, "sm_90", False),  # a row of x that is no multiple of 32 bytes
         (1, 4096, torch.float32, "sm_90", False),  # scales that are no pairs
         (1, 4096, torch.float16, "gfx942", False),
+        (1, 1 << 17, torch.float16, "sm_90", True),
     ],
 )
 def test_what_they_take(
@@ -74,6 +75,30 @@ def test_what_they_take(
     on.setattr(linear, "arch_of", lambda device: arch)
     x = torch.empty(rows, columns, dtype=torch.float16, device="meta")
     assert launch.can(packed(128, False, dtype), x) is taken
+
+
+def test_sums_of_a_very_long_row_are_left_to_the_other_kernel(on: pytest.MonkeyPatch) -> None:
+    """They would not all fit into shared memory."""
+    on.setattr(linear, "arch_of", lambda device: "sm_90")
+    for columns, taken in ((1 << 16, True), ((1 << 16) + 256, False)):
+        x = torch.empty(1, columns, dtype=torch.float16, device="meta")
+        assert launch.can(packed(128, True, torch.float16), x) is taken
+    assert launch.can(packed(128, False, torch.float16), x)
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_sums_of_a_long_row_fit(on: pytest.MonkeyPatch, target: str) -> None:
+    """Of the longest row, in the smallest groups."""
+    on.setattr(linear, "arch_of", lambda device: target)
+    kernel = Recorder(dense.linear_kernel)
+    on.setattr(dense, "linear_kernel", kernel)
+    codes, numbers = torch.empty(64, 1 << 13, dtype=torch.int32, device="meta"), (64, 1 << 11)
+    scales = torch.empty(numbers, dtype=torch.float16, device="meta")
+    weight = linear.pack(PackedInt4(codes, scales, torch.empty(numbers, dtype=torch.uint8, device="meta")))
+    linear.run(torch.empty(1, 1 << 16, dtype=torch.float16, device="meta"), weight, None, 64, 32)
+    facts = kernel.compile(target)
+    assert facts.spills == 0
+    assert facts.shared <= 99 * 1024, "what a program has on sm_86"
 
 
 @pytest.mark.parametrize(("of_x", "of_codes", "taken"), [(0, 0, True), (8, 0, True), (1, 0, False), (0, 1, False)])

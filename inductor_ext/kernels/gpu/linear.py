@@ -61,6 +61,8 @@ def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int
     from inductor_ext.kernels.gpu.hopper import launch as hopper
 
     M, K = x.shape
+    if M == 0:
+        return x.new_empty(0, N)
     config = None
     if not decode.can(packed, x):
         config = chosen(x, packed, N, group_size)
@@ -71,7 +73,7 @@ def _run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int
         decode.dense(x, packed, bias, group_size, out)
     elif isinstance(config, tuning.Hopper):
         hopper.dense(config, x, packed, bias, group_size, out)
-    elif M > 0:
+    else:
         launch(config, x, packed, bias, group_size, out)
     return out
 

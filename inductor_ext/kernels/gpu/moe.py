@@ -197,11 +197,13 @@ def add_up_kernel(
 
 @triton.jit
 def _add_up(y, out, ids, expert_map, token, n, TOP_K: tl.constexpr, HIDDEN, NUMBER, E, scaling):
-    # All at once, so that no load waits for another.
-    j = tl.arange(0, triton.next_power_of_2(TOP_K))
-    pair = token.to(tl.int64) * TOP_K + j
-    there = expert_of(ids, pair, j < TOP_K, expert_map, NUMBER, E) >= 0  # what no expert computed is not there
-    known = there[:, None] & (n < HIDDEN)[None, :]
-    each = tl.load(y + pair[:, None] * HIDDEN + n[None, :], mask=known, other=0.0, cache_modifier=".cg")
-    total = tl.sum(each.to(tl.float32), 0) * scaling
-    tl.store(out + token.to(tl.int64) * HIDDEN + n, total.to(out.dtype.element_ty), mask=n < HIDDEN)
+    first = token.to(tl.int64) * TOP_K
+    acc = tl.zeros(n.shape, tl.float32)
+    for start in range(0, TOP_K, 8):  # eight at once, so that no load waits for another
+        j = start + tl.arange(0, min(8, triton.next_power_of_2(TOP_K)))
+        # What no expert computed is not there to be read.
+        there = expert_of(ids, first + j, j < TOP_K, expert_map, NUMBER, E) >= 0
+        known = there[:, None] & (n < HIDDEN)[None, :]
+        where = (first + j)[:, None] * HIDDEN + n[None, :]
+        acc += tl.sum(tl.load(y + where, mask=known, other=0.0, cache_modifier=".cg").to(tl.float32), 0)
+    tl.store(out + token.to(tl.int64) * HIDDEN + n, (acc * scaling).to(out.dtype.element_ty), mask=n < HIDDEN)
