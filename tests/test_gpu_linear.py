@@ -103,6 +103,16 @@ def test_a_layer_of_real_size(dtype: torch.dtype, M: int) -> None:
     assert rel_l2(y, expected(x, w)) <= OWED[dtype]
 
 
+@pytest.mark.parametrize("G", [32, 128])
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forty_rows_of_long_ones(dtype: torch.dtype, zeros: str, G: int) -> None:
+    """On a Hopper by its own kernel, which otherwise begins at 65."""
+    w, x = weight(4096, 8192, G, zeros, dtype), activations(40, 8192, dtype)
+    y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 4096, G, "triton")
+    assert rel_l2(y, expected(x, w)) <= OWED[dtype]
+
+
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_of_the_activations(dtype: torch.dtype, order: bool) -> None:
