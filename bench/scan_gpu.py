@@ -54,7 +54,7 @@ def starts(M: int, N: int, K: int, packed: Packed, x: Tensor) -> list[Config]:
     fused: Config = tuning.dense(M, N, K, arch, count, plain=True)
     if M <= 16 or not hopper.can(packed, x):
         return [fused]
-    many = tuning.hopper(M, N, K, GROUP, count, False)
+    many = tuning.hopper(M, N, K, count, plain=True)
     return [fused, tuning.Hopper(128, 64, fused.SPLITS, 4)] if many is None else [many, fused]
 
 

@@ -4,6 +4,7 @@ test_gpu_choice.py runs this file."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -97,6 +98,16 @@ def test_offsets_are_the_numbers_that_their_bits_say() -> None:
     assert torch.equal(out, -torch.tensor([1024.0, 64, 128], device=DEVICE)[:, None] - torch.arange(32, device=DEVICE))
 
 
+_ON_HALVES: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "min": torch.fmin,
+    "max": torch.fmax,
+    "fma": lambda a, b, c: a * b + c,
+}
+
+
 class Ptx:
     """The few instructions of the assembly that unpacks codes, for 32-bit registers of many threads, on the CPU."""
 
@@ -119,9 +130,11 @@ class Ptx:
         if called == "lop3.b32":
             assert others[2] == 0xEA
             return (a & others[0]) | others[1]
-        floats = [self.halves(t) for t in (a, *others)]
-        assert called in ("add.f16x2", "fma.rn.f16x2", "fma.rn.bf16x2")
-        y = floats[0] + floats[1] if called == "add.f16x2" else floats[0] * floats[1] + floats[2]
+        if called == "sub.s32":
+            return a - others[0]
+        name, _, lanes = called.replace(".rn", "").partition(".")
+        assert lanes == {torch.float16: "f16x2", torch.bfloat16: "bf16x2"}[self.dtype]
+        y = _ON_HALVES[name](*(self.halves(t) for t in (a, *others)))
         low, high = (half.to(self.dtype).view(torch.int16).long() & 0xFFFF for half in y)
         return low | high << 16
 
@@ -152,15 +165,37 @@ def test_the_assembly_unpacks_every_word_exactly(less_8: bool, dtype: torch.dtyp
             assert torch.equal(high, wanted.flip(0)[:, i].double() - zero)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_assembly_takes_zeros_apart(dtype: torch.dtype) -> None:
+    """All of the dtype: what is whole of them is 0 to 16, and the rest makes a weight right that was made with that."""
+    bits = torch.arange(65536)
+    zeros = bits.to(torch.uint16).view(dtype).double()
+    scales = 0.01 * torch.rand(65536, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.001
+    pair = scales.view(torch.int16).long() & 0xFFFF
+    ptx = Ptx(dtype, {"$2": bits | bits.flip(0) << 16, "$3": pair | pair.flip(0) << 16})
+    ptx.run((codes._APART_FLOAT16 if dtype == torch.float16 else codes._APART_BFLOAT16).value)
+    for shift, reorder in ((0, lambda t: t), (16, lambda t: t.flip(0))):
+        whole = reorder(ptx.registers["$0"] >> shift & 0xFFFF)
+        rest = reorder(ptx.halves(ptx.registers["$1"])[shift // 16])
+        assert torch.equal(whole[:7], torch.zeros(7, dtype=torch.int64))
+        inside = (zeros >= 0) & (zeros <= 16)
+        assert torch.equal(whole[inside], zeros[inside].round().long())
+        assert bool(((whole >= 0) & (whole <= 16)).all())
+        wanted = (whole - zeros) * scales.double()
+        some = zeros.isfinite() & (wanted.abs() < 6e4) & (wanted.abs() > 1e-4)
+        assert bool(((rest - wanted).abs()[some] <= torch.finfo(dtype).eps * wanted.abs()[some]).all())
+        assert not bool(rest[~zeros.isfinite()].isfinite().any())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("zeros", ["none", "int"])
+@pytest.mark.parametrize(("G", "zeros"), [(32, "none"), (32, "int"), (32, "float"), (64, "float"), (128, "float")])
 @pytest.mark.parametrize("variant", ["plain", "wide half", "short"])
-def test_groups_of_32_whose_sums_are_scaled(
-    variant: str, zeros: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_groups_whose_sums_are_scaled(
+    variant: str, G: int, zeros: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on AMD GPUs, where weights are not scaled."""
     monkeypatch.setattr(linear, "steps", lambda *given: {"WIDTH": 32, "ROUNDED": False})
-    assert launched(VARIANTS[variant], 5, 70, 416, 32, zeros, dtype, dtype) <= OWED[dtype]
+    assert launched(VARIANTS[variant], 5, 70, SIZES[G], G, zeros, dtype, dtype) <= OWED[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

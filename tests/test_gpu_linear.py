@@ -256,7 +256,7 @@ def variant(M: int, N: int, K: int, G: int, packed: Packed, x: Tensor) -> object
     if decode.can(packed, x[:M]):
         return "one row"
     count = linear.processors(x.device)
-    if hopper.can(packed, x) and (many := tuning.hopper(M, N, K, G, count, False)) is not None:
+    if hopper.can(packed, x) and (many := tuning.hopper(M, N, K, count, plain=True)) is not None:
         return many
     config = tuning.dense(M, N, K, linear.arch_of(x.device), count, plain=True)
     return config, config.BM >= M

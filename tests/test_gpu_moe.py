@@ -46,8 +46,8 @@ def on_the_gpu(E: int, H: int, I: int, G: tuple[int, int], **changed: Any) -> Ex
 
 
 def ordinary(dtype: torch.dtype = torch.float16, **changed: Any) -> Experts:
-    """16 experts: one token, or four, go pair by pair; 33 are sorted into small blocks and 257 into large ones; 513 are
-    many for a Hopper."""
+    """16 experts: one token, or four, go pair by pair; 33 are sorted into small blocks and 257 into large ones, by the
+    kernels for Hoppers there."""
     return on_the_gpu(16, 256, 128, (128, 64), dtype=dtype, **changed)
 
 
@@ -79,6 +79,19 @@ def test_every_activation(dtype: torch.dtype, mlp: str, T: int) -> None:
     routed = experts.routed(T)
     poison()
     exact(experts, *routed)
+
+
+@pytest.mark.parametrize("T", [36, 80, 160, 400])
+@pytest.mark.parametrize("mlp", ["silu", "swigluoai"])
+@pytest.mark.parametrize("zeros", ["none", "int", "float"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_every_size(dtype: torch.dtype, zeros: str, mlp: str, T: int) -> None:
+    """Of the kernels for Hoppers: 16, 32, 64 and 128 rows."""
+    for H, G in ((384, (128, 64)), (320, (32, 32))):
+        experts = on_the_gpu(8, H, 192, G, dtype=dtype, zeros=zeros, bias=True, mlp=MLPS[mlp])
+        routed = experts.routed(T, 2)
+        poison()
+        exact(experts, *routed)
 
 
 @pytest.mark.parametrize("T", [1, 64, 4096])
@@ -229,7 +242,7 @@ def test_another_number_of_tokens_compiles_nothing() -> None:
     hook = triton.knobs.runtime.jit_post_compile_hook
     triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what)
     try:
-        for T in (1, 5, 25, 65, 129, 193, 257, 385, 513, 1025):
+        for T in (1, 5, 25, 36, 50, 65, 100, 129, 193, 257, 385, 513, 1025):
             experts(*experts.routed(T))
         before = len(compiled)
         assert before > 0

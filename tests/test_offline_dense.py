@@ -3,6 +3,7 @@ matrix units, spill nothing, fit into shared memory and load weights 128 bits at
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,27 +18,29 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 N = K = 4096
 
 
-def packed(G: int, zeros: bool, dtype: torch.dtype) -> Packed:
-    """A weight of this size that takes no memory."""
+def packed(G: int, zeros: bool | str, dtype: torch.dtype) -> Packed:
+    """A weight of this size that takes no memory. ``zeros`` are integers, or "float"."""
 
     def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(N, columns, dtype=dtype, device="meta")
 
-    stored = empty(K // G, torch.uint8) if zeros else None
+    stored = empty(K // G, dtype if zeros == "float" else torch.uint8) if zeros else None
     return linear.pack(PackedInt4(empty(K // 8, torch.int32), empty(K // G, dtype), stored))
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fn = dense.linear_kernel
+
     def compiled(
         target: str,
         M: int,
         dtype: torch.dtype,
         G: int = 128,
-        zeros: bool = False,
+        zeros: bool | str = False,
         config: tuning.Config | None = None,
     ) -> Facts:
-        kernel = Recorder(dense.linear_kernel)
+        kernel = Recorder(fn)
         monkeypatch.setattr(dense, "linear_kernel", kernel)
         monkeypatch.setattr(linear, "arch_of", lambda device: target)
         x, out = (torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N))
@@ -69,6 +72,21 @@ def test_every_number_of_rows(compiled: Any, target: str, M: int) -> None:
 @pytest.mark.parametrize("target", DIFFERENT)
 def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None:
     check(compiled(target, M, torch.bfloat16, G, zeros=True), target, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("M", "G"), [(16, 128), (32, 64), (64, 32), (256, 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_float_zeros_come_off_without_another_matmul(
+    compiled: Any, target: str, dtype: torch.dtype, M: int, G: int
+) -> None:
+    facts, plain = compiled(target, M, dtype, G, zeros="float"), compiled(target, M, dtype, G, zeros=True)
+    check(facts, target, dtype)
+    assert matmuls(facts) == matmuls(plain)
+
+
+def matmuls(facts: Facts) -> int:
+    return len(re.findall(r"^\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", facts.assembly, re.MULTILINE))
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])

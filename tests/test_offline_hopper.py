@@ -4,7 +4,6 @@ test_gpu_moe.py)."""
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 from pathlib import Path
 
@@ -56,6 +55,9 @@ def check(facts: Facts, tmp_path: Path) -> None:
         (128, 128, 1, torch.float16, 128, False),
         (256, 128, 2, torch.bfloat16, 128, True),
         (256, 128, 1, torch.float16, 256, False),
+        (256, 128, 1, torch.bfloat16, 32, True),  # with fewer stages
+        (256, 64, 2, torch.bfloat16, 32, "float"),
+        (128, 128, 1, torch.float16, 128, "float"),
     ],
 )
 def test_linears(
@@ -66,7 +68,7 @@ def test_linears(
     splits: int,
     dtype: torch.dtype,
     G: int,
-    zeros: bool,
+    zeros: bool | str,
 ) -> None:
     kernel = Recorder(dense.linear_kernel)
     on_a_hopper.setattr(dense, "linear_kernel", kernel)
@@ -82,16 +84,17 @@ def experts_of(E: int, N: int, K: int, dtype: torch.dtype) -> Packed:
     return experts.pack(PackedInt4(empty(K // 8, torch.int32), empty(K // 128, dtype)), E)
 
 
+@pytest.mark.parametrize("tokens", [128, 256, 512, 4096])
 @pytest.mark.parametrize("mlp", [Mlp(), Mlp("swigluoai", "interleaved", limit=7.0)], ids=["halves", "interleaved"])
-def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path, mlp: Mlp) -> None:
+def test_experts(on_a_hopper: pytest.MonkeyPatch, tmp_path: Path, mlp: Mlp, tokens: int) -> None:
     E, k, H, I, dtype = 128, 8, 2048, 768, torch.bfloat16  # noqa: E741
     kernels = {name: Recorder(getattr(many, name)) for name in ("up_kernel", "down_kernel", "gather_kernel")}
     for name, kernel in kernels.items():
         on_a_hopper.setattr(many, name, kernel)
     for module, name in ((routing, "route_kernel"), (moe, "add_up_kernel")):
         on_a_hopper.setattr(module, name, Recorder(getattr(module, name)))
-    x = torch.empty(4096, H, dtype=dtype, device="meta")
-    chosen = Routing(*(torch.empty(4096, k, dtype=d, device="meta") for d in (torch.float32, torch.int64)), None, E)
+    x = torch.empty(tokens, H, dtype=dtype, device="meta")
+    chosen = Routing(*(torch.empty(tokens, k, dtype=d, device="meta") for d in (torch.float32, torch.int64)), None, E)
     w13, w2 = experts_of(E, 2 * I, H, dtype), experts_of(E, H, I, dtype)
     experts.run(x, chosen, w13, w2, None, None, mlp, I, (128, 128))
     for name in ("up_kernel", "down_kernel"):
@@ -153,20 +156,21 @@ def test_which_mxfp4_experts_they_take(
     assert launch.can_fp4(torch.empty(9, H, dtype=dtype, device="meta"), weight, weight, mlp, I) is taken
 
 
-@pytest.mark.parametrize("zeros", [None, torch.int16, torch.float16], ids=str)
-def test_experts_with_float_zeros_are_left_to_the_kernels_with_exact_weights(
+@pytest.mark.parametrize("zeros", [None, torch.int16, torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_zeros_are_integers_or_for_one_linear_of_the_activations_dtype(
     on_a_hopper: pytest.MonkeyPatch, zeros: torch.dtype | None
 ) -> None:
     x, codes = torch.empty(9, 64, dtype=torch.float16, device="meta"), torch.empty(1, dtype=torch.int16, device="meta")
     weight = Packed(codes, x, None if zeros is None else torch.empty(1, dtype=zeros, device="meta"), None)
-    assert launch.can_experts(x, weight, weight, Mlp(), 64) is (zeros != torch.float16)
+    assert launch.can(weight, x) is (zeros in (None, torch.int16, torch.float16))
+    assert launch.can_experts(x, weight, weight, Mlp(), 64) is (zeros in (None, torch.int16))
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 65, 129, 1000, 8191, 8192])
 @pytest.mark.parametrize(("N", "K"), [(64, 32), (128, 256), (4096, 4096), (28672, 4096), (4096, 14336), (151936, 2048)])
 def test_every_program_has_a_part_of_the_work(rows: int, N: int, K: int) -> None:
-    for float_zeros, group_size in itertools.product((False, True), (32, 128)):
-        config = tuning.hopper(rows, N, K, group_size, 132, float_zeros)
+    for plain in (False, True):
+        config = tuning.hopper(rows, N, K, 132, plain)
         if config is not None:
             across = -(-K // 256)
             assert (config.SPLITS - 1) * -(-across // config.SPLITS) < across

@@ -59,6 +59,22 @@ def check(facts: Facts, target: str, dtype: torch.dtype) -> None:
     assert facts.load_bytes("tl.load(w ") == {16}
 
 
+@pytest.mark.parametrize("pairs", [8, 64, 2048, 32768])
+@pytest.mark.parametrize("G", [32, 128])
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+def test_weights_with_float_zeros_are_never_rounded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, G: int, pairs: int
+) -> None:
+    """Two projections' would be more than is owed."""
+    monkeypatch.setattr(linear, "arch_of", lambda device: "sm_90")
+    x = torch.empty(1, H, dtype=dtype, device="meta")
+    for config in tuning.moe(pairs, E, H, I, "sm_90"):
+        with_zeros = packed(H, I, G, True, dtype)
+        assert with_zeros.zeros is not None
+        floats = with_zeros._replace(zeros=with_zeros.zeros.view(dtype))
+        assert experts._variant(config, floats, I, G, x)["ROUNDED"] is False
+
+
 @pytest.mark.parametrize(
     ("pairs", "dtype"),
     [(8, torch.float16), (128, torch.bfloat16), (2048, torch.float16), (32768, torch.bfloat16)],

@@ -147,6 +147,60 @@ def _less_128(z):
     return (0xC300 + z).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
+# Zeros that are no integers, in pairs: $2, with the scales $3. Clamped to 0..16 and added to a number that leaves no
+# bit for a fraction they become integers, $0; $1 is what is left of each, times its scale.
+_APART_FLOAT16: tl.constexpr = tl.constexpr("""
+{
+.reg .b32 zero, most, magic, whole;
+mov.b32 zero, 0;
+mov.b32 most, 0x4c004c00;
+mov.b32 magic, 0x64006400;
+max.f16x2 whole, $2, zero;
+min.f16x2 whole, whole, most;
+add.rn.f16x2 whole, whole, magic;
+sub.s32 $0, whole, magic;
+sub.rn.f16x2 whole, whole, magic;
+sub.rn.f16x2 whole, whole, $2;
+mul.rn.f16x2 $1, whole, $3;
+}
+""")
+_APART_BFLOAT16: tl.constexpr = tl.constexpr("""
+{
+.reg .b32 zero, most, magic, less, one, minus, whole;
+mov.b32 zero, 0x80008000;
+mov.b32 most, 0x41804180;
+mov.b32 magic, 0x43004300;
+mov.b32 less, 0xc300c300;
+mov.b32 one, 0x3f803f80;
+mov.b32 minus, 0xbf80bf80;
+max.bf16x2 whole, $2, zero;
+min.bf16x2 whole, whole, most;
+fma.rn.bf16x2 whole, whole, one, magic;
+sub.s32 $0, whole, magic;
+fma.rn.bf16x2 whole, whole, one, less;
+fma.rn.bf16x2 whole, $2, minus, whole;
+fma.rn.bf16x2 $1, whole, $3, zero;
+}
+""")
+
+
+@triton.jit
+def apart(zeros, scales, dtype: tl.constexpr):
+    """int32 [..], [..] of pairs in dtype -> pairs of int16 whole zeros, 0..16, and pairs in dtype of
+    (whole - zero) * scale: what is still to be added to a weight that was made with them. PTX alone."""
+    asm: tl.constexpr = _APART_FLOAT16 if dtype == tl.float16 else _APART_BFLOAT16
+    return tl.inline_asm_elementwise(
+        asm, "=&r,=&r,r,r", [zeros, scales], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def scaled(q, scale, rest):
+    """q * scale + rest, rounded once. PTX alone."""
+    asm: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;" if q.dtype == tl.float16 else "fma.rn.bf16x2 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r,r", [q, scale, rest], dtype=q.dtype, is_pure=True, pack=2)
+
+
 @triton.jit
 def side_by_side(a, b):
     """[R, C], [R, C] -> [R, 2 C]. In the layout of a matmul's first operand no data moves, since the new bit of the

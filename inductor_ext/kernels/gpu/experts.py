@@ -169,7 +169,7 @@ def layer(
     if x_scale is not None:
         moe.quantise_kernel[(-(-T * H // 1024),)](x, x_scale, quantised.get(), T * H, BLOCK=1024, num_warps=4)
         x = quantised.get()
-    early = many is None and tuning.early(linear.arch_of(device), H, I)
+    early = many is not None or tuning.early(linear.arch_of(device), H, I)
     first = {"EARLY": early}
     after = first | ({"launch_pdl": True} if early else {})
     if not pairwise:
@@ -230,7 +230,9 @@ def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, 
         "WIDE": config.BM > 8,
         "STAGES": config.STAGES,
         "num_warps": config.num_warps,
-        # Two projections' rounded weights, and h, would be all that is owed in bfloat16.
-        **linear.steps(config, packed, group_size, x, rounding=x.dtype == torch.float16),
+        # Two projections' rounded weights, and h, would be all that is owed in bfloat16, or with rounded zeros.
+        **linear.steps(
+            config, packed, group_size, x, rounding=x.dtype == torch.float16 and not linear.float_zeros(packed)
+        ),
         **linear.meaning(packed, K, group_size, x.device),
     }

@@ -83,16 +83,16 @@ def chosen(x: Tensor, packed: Packed, N: int, group_size: int) -> tuning.Config 
     from inductor_ext.kernels.gpu.hopper import launch as hopper
 
     M, K = x.shape
-    arch, count, others = arch_of(x.device), processors(x.device), float_zeros(packed)
+    arch, count = arch_of(x.device), processors(x.device)
     on_a_hopper = hopper.can(packed, x)
     plain = packed.zeros is None and group_size not in (32, 64)
     if plain:
         found = measured.dense(M, N, K, arch, count)
         if found is not None and (on_a_hopper or isinstance(found, tuning.Config)):
             return found
-    if on_a_hopper and (many := tuning.hopper(M, N, K, group_size, count, others)) is not None:
+    if on_a_hopper and (many := tuning.hopper(M, N, K, count, plain)) is not None:
         return many
-    if tuning.dense_from(arch, others) <= M:
+    if tuning.dense_from(float_zeros(packed) and not _rounding_pays(packed, x)) <= M:
         return None
     return tuning.dense(M, N, K, arch, count, plain)
 
@@ -103,6 +103,7 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
     from inductor_ext.kernels.gpu.workspace import counters
 
     (M, K), N = x.shape, out.shape[1]
+    variant = meaning(packed, K, group_size, x.device)
     down, across, _ = packed.qweight.shape
     tiles = down * planes.ROWS // config.BN * -(-M // config.BM)
     parts = arrived = None
@@ -131,7 +132,9 @@ def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None
         WIDE=config.WIDE,
         STAGES=config.STAGES,
         num_warps=config.num_warps,
-        **meaning(packed, K, group_size, x.device),
+        # So that three programs share a processor: with float zeros Triton 3.6 wants a few registers more.
+        **({"maxnreg": 168} if variant["PTX"] and float_zeros(packed) and config.BM == 32 else {}),
+        **variant,
     )
 
 
@@ -184,18 +187,27 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def may_round(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded but once where scales act on codes: integer zeros come off exactly, and a scale of
-    the activations' dtype is taken as it is."""
-    return not float_zeros(packed) and packed.scales.dtype == dtype
+    """Whether weights are rounded but once where scales act on codes: zeros come off exactly or in the same rounding,
+    and a scale of the activations' dtype is taken as it is."""
+    return packed.scales.dtype == dtype
+
+
+def _rounding_pays(packed: Packed, x: Tensor) -> bool:
+    """Whether it is allowed, and 16-bit floats are multiplied in pairs."""
+    return may_round(packed, x.dtype) and not tuning.is_amd(arch_of(x.device))
 
 
 def steps(
     config: tuning.Config | tuning.MoeConfig, packed: Packed, group_size: int, x: Tensor, rounding: bool = True
 ) -> dict[str, Any]:
-    """How the kernels go through K. With few rows the sums of each group of 32 would be scaled so often that it is
-    cheaper to scale the weights, where 16-bit floats are multiplied in pairs; if ``rounding`` them is allowed."""
-    small = group_size == 32
-    rounded = config.ROUNDED or (small and rounding and config.BM <= 32 and not tuning.is_amd(arch_of(x.device)))
+    """How the kernels go through K, and whether weights are rounded.
+
+    With few rows the sums of each group of 32 would be scaled so often that it is cheaper to scale the weights; and
+    zeros that are no integers come off with their scales' multiplication, where they would take another matmul. Both if
+    ``rounding`` is allowed for no more than that; with very many rows (see ``mainloop``) it is, but for such zeros."""
+    small, floats = group_size == 32, float_zeros(packed)
+    cheaper = (small and config.BM <= 32) or (floats and config.BM > 8)
+    rounded = (config.ROUNDED and (rounding or not floats)) or (cheaper and rounding and _rounding_pays(packed, x))
     return {"WIDTH": 32 if small else config.WIDTH, "ROUNDED": rounded and may_round(packed, x.dtype)}
 
 

@@ -8,7 +8,7 @@ the same registers' layout as the result):
     sum_k (q - z) s x = s (sum_k (q - 8) x - (z - 8) sum_k x)
 
 With very many rows of x the matrix unit is what limits: ROUNDED, each weight is rounded once to x's dtype, as a dense
-weight would be, and the sums of all groups stay in the unit.
+weight would be, zeros of any kind come off it, and the sums of all groups stay in the unit.
 
 A step is a tile of 256 columns, or one half of its words: then each plane is 32 columns wide, and x is read in runs of
 32. Groups of 32 need half steps, because a plane's halves have scales of their own; with few rows these are ROUNDED,
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from inductor_ext.kernels.gpu.codes import four_planes, four_planes_less, number, side_by_side
+from inductor_ext.kernels.gpu.codes import apart, four_planes, four_planes_less, low_half, number, scaled, side_by_side
 
 
 @triton.jit
@@ -61,14 +61,19 @@ def accumulate(
         tile, part = step // PARTS, step % PARTS
         k = tile * 256 + part * 32
         if WHOLE_TILE:
-            a, b, c, d, _, _, _, _ = _planes(w, scales, zeros, tile, 0, n, N, G, KIND, ZEROS, ROUNDED, dtype, PTX)
-            e, f, g, h, _, _, _, _ = _planes(w, scales, zeros, tile, 1, n, N, G, KIND, ZEROS, ROUNDED, dtype, PTX)
+            a, b, c, d = _weights(w, scales, zeros, tile, 0, n, N, G, KIND, ZEROS, dtype, PTX)
+            e, f, g, h = _weights(w, scales, zeros, tile, 1, n, N, G, KIND, ZEROS, dtype, PTX)
             a, b, c, d = side_by_side(a, e), side_by_side(b, f), side_by_side(c, g), side_by_side(d, h)
+        elif ROUNDED:
+            a, b, c, d = _weights(w, scales, zeros, tile, part, n, N, G, KIND, ZEROS, dtype, PTX)
         else:
-            a, b, c, d, of_a, of_b, of_c, of_d = _planes(
-                w, scales, zeros, tile, part, n, N, G, KIND, ZEROS, ROUNDED, dtype, PTX
-            )
-        if ROUNDED:
+            a, b, c, d, of_a, of_b, of_c, of_d = _codes(w, scales, zeros, tile, part, n, N, G, KIND, ZEROS, dtype, PTX)
+        if ROUNDED and acc.shape[1] <= 64:
+            # By themselves: were these the sums of the step before, ptxas would have each of the unit's instructions
+            # wait for the one before it.
+            p = _two_planes(tl.zeros(acc.shape, tl.float32), a, b, x, is_row, K, k, WIDE, WHOLE)
+            acc += _two_planes(p, c, d, x, is_row, K, k + 128, WIDE, WHOLE)
+        elif ROUNDED:
             acc = _two_planes(acc, a, b, x, is_row, K, k, WIDE, WHOLE)
             acc = _two_planes(acc, c, d, x, is_row, K, k + 128, WIDE, WHOLE)
         elif G == 32 or G == 64:
@@ -83,12 +88,12 @@ def accumulate(
 
 
 @triton.jit
-def _planes(
-    w, scales, zeros, tile, part, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr,
-    ROUNDED: tl.constexpr, dtype: tl.constexpr, PTX: tl.constexpr,
+def _codes(
+    w, scales, zeros, tile, part, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr, dtype: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """Four planes of a tile or of half of it: weights if ROUNDED, else codes, less their zeros if these are integers;
-    and four pairs of scales and zeros [BN, 1]."""
+    """Four planes of a tile or of half of it, less their zeros if these are integers; and four pairs of scales and
+    zeros [BN, 1]."""
     of_a = _group(scales, zeros, tile, part, 0, n, N, G, KIND, ZEROS)
     of_b = _group(scales, zeros, tile, part, 1, n, N, G, KIND, ZEROS)
     of_c = _group(scales, zeros, tile, part, 2, n, N, G, KIND, ZEROS)
@@ -98,9 +103,40 @@ def _planes(
         a, b, c, d = four_planes_less(words, of_a[1], of_b[1], of_c[1], of_d[1], dtype, PTX)
     else:
         a, b, c, d = four_planes(words, dtype, PTX)
-    if ROUNDED:
-        a, b, c, d = a * of_a[0].to(dtype), b * of_b[0].to(dtype), c * of_c[0].to(dtype), d * of_d[0].to(dtype)
     return a, b, c, d, of_a, of_b, of_c, of_d
+
+
+@triton.jit
+def _weights(
+    w, scales, zeros, tile, part, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr, dtype: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """The same as weights, each rounded once to dtype."""
+    if PTX and ZEROS == KIND:
+        of_a = _group_apart(scales, zeros, tile, part, 0, n, N, G, KIND, dtype)
+        of_b = _group_apart(scales, zeros, tile, part, 1, n, N, G, KIND, dtype)
+        of_c = _group_apart(scales, zeros, tile, part, 2, n, N, G, KIND, dtype)
+        of_d = _group_apart(scales, zeros, tile, part, 3, n, N, G, KIND, dtype)
+        words = tl.load(w + tile * 4096 + part * 2048)
+        a, b, c, d = four_planes_less(words, of_a[1], of_b[1], of_c[1], of_d[1], dtype, PTX)
+        a, b = scaled(a, of_a[0], of_a[2]), scaled(b, of_b[0], of_b[2])
+        c, d = scaled(c, of_c[0], of_c[2]), scaled(d, of_d[0], of_d[2])
+    else:
+        a, b, c, d, of_a, of_b, of_c, of_d = _codes(w, scales, zeros, tile, part, n, N, G, KIND, ZEROS, dtype, PTX)
+        a, b = _scaled(a, of_a, ZEROS, dtype), _scaled(b, of_b, ZEROS, dtype)
+        c, d = _scaled(c, of_c, ZEROS, dtype), _scaled(d, of_d, ZEROS, dtype)
+    return a, b, c, d
+
+
+@triton.jit
+def _scaled(q, of_q, ZEROS: tl.constexpr, dtype: tl.constexpr):
+    s, z = of_q
+    if _by_sums(ZEROS):
+        less_zeros = q.to(tl.float32) - (z - 8.0)
+        weights = (less_zeros * s).to(dtype)
+    else:
+        weights = q * s.to(dtype)
+    return weights
 
 
 @triton.jit
@@ -108,6 +144,30 @@ def _group(
     scales, zeros, tile, part, plane: tl.constexpr, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr
 ):  # fmt: skip
     """The scales and zeros [BN, 1] of a plane of a tile, or of half of it."""
+    pair, which = _place(tile, part, plane, G)
+    s = number(scales, pair, which, n, N, KIND)[:, None]
+    z = s  # not used
+    if ZEROS != "none":
+        z = number(zeros, pair, which, n, N, ZEROS)[:, None]
+    return s, z
+
+
+@triton.jit
+def _group_apart(
+    scales, zeros, tile, part, plane: tl.constexpr, n, N, G: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    """As `_group`, of scales and zeros in dtype: scales, whole zeros, and what the rest of these adds to a weight."""
+    pair, which = _place(tile, part, plane, G)
+    s = tl.load(scales + pair * N + n)
+    whole, rest = apart(tl.load(zeros + pair * N + n), s, dtype)
+    z = low_half(whole >> (16 * which), "int16")[:, None]
+    s, rest = low_half(s >> (16 * which), KIND)[:, None], low_half(rest >> (16 * which), KIND)[:, None]
+    return s.to(dtype), z, rest.to(dtype)
+
+
+@triton.jit
+def _place(tile, part, plane: tl.constexpr, G: tl.constexpr):
+    """In which pair the group of a plane is, and which of the two it is."""
     if G == 0:
         pair, which = 0, 0
     elif G == 32:
@@ -119,11 +179,7 @@ def _group(
     else:
         group = (tile * 256 + plane // 2 * 128) // G  # of a side, as both its planes are of one
         pair, which = group // 2, group % 2
-    s = number(scales, pair, which, n, N, KIND)[:, None]
-    z = s  # not used
-    if ZEROS != "none":
-        z = number(zeros, pair, which, n, N, ZEROS)[:, None]
-    return s, z
+    return pair, which
 
 
 @triton.jit

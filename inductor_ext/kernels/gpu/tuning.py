@@ -40,10 +40,10 @@ def why_not_on(arch: str) -> str | None:
     return None
 
 
-def dense_from(arch: str, float_zeros: bool) -> int:
-    """From how many rows on dequantising once and a dense matmul is faster. Zeros that are no integers cannot be taken
-    off the codes, which costs the fused kernel another matmul."""
-    return 65 if float_zeros else 448
+def dense_from(by_sums: bool) -> int:
+    """From how many rows on dequantising once and a dense matmul is faster: sooner where zeros are applied ``by_sums``
+    of x, which costs the fused kernel another matmul."""
+    return 65 if by_sums else 448
 
 
 def dense(M: int, N: int, K: int, arch: str, processors: int, plain: bool) -> Config:
@@ -79,8 +79,12 @@ def dense(M: int, N: int, K: int, arch: str, processors: int, plain: bool) -> Co
     return Config(64, 128, 32, WIDE=True, SPLITS=splits, ROUNDED=True, STAGES=stages, num_warps=4)
 
 
-_PER_STEP = {(128, 64): 0.55, (256, 64): 0.95, (128, 128): 0.74, (256, 128): 1.38}
+_PER_STEP = {
+    (128, 32): 0.4, (256, 32): 0.75, (128, 64): 0.5, (256, 64): 0.93, (128, 128): 0.74, (256, 128): 1.37
+}  # fmt: skip
 """Of the kernels in ``hopper``: us of a step, by BN and BM, on an H200 whose processors are all at work."""
+_MUCH = 200_000
+"""Rows of W times tiles of K."""
 
 
 def _short(N: int, steps: int, processors: int) -> bool:
@@ -95,34 +99,36 @@ def _large(N: int, steps: int, processors: int) -> Config | None:
     tiles = -(-N // 128)
     splits = _splits(tiles, steps, 2 * processors)
     fits = 1.6 * processors <= tiles * splits <= 2 * processors
-    if N * steps < 200_000 or not fits or -(-N // 64) % 2:
+    if N * steps < _MUCH or not fits or -(-N // 64) % 2:
         return None
     return Config(128, 32, 64, WIDE=True, SPLITS=splits, ROUNDED=False, STAGES=3, num_warps=8)
 
 
-def hopper(M: int, N: int, K: int, group_size: int, processors: int, float_zeros: bool) -> Hopper | None:
+def hopper(M: int, N: int, K: int, processors: int, plain: bool) -> Hopper | None:
     """For M rows of N results by the kernel for Hoppers; None where another is faster.
 
-    By an estimate in us: how often the device is filled, times what a tile takes, and with splits the time that their
-    parts take to be written and read.
+    By an estimate in us: how often the device is filled, times what a tile takes, and with splits what it takes to
+    write a part, and the last program to read them all.
     """
     steps = -(-K // 256)
-    wide = -(-N // 256)
-    few = 8 * wide < 0.7 * processors or (_short(N, steps, processors) and group_size != 32)
-    if M <= 32 or (M <= 64 and few):
+    across = -(-N // 256)
+    few = across < 0.09 * processors
+    if M <= 16 or (M <= 32 and (plain or N * steps < _MUCH)) or (M <= 64 and few):
         return None
-    if (float_zeros and M >= 768) or M >= 8192:  # dequantising is little beside so large a product
+    if M >= 8192:  # dequantising is little beside so large a product
         return None
     found = []
     for (BN, BM), step in _PER_STEP.items():
         tiles = -(-N // BN) * -(-M // BM)
         for splits in (1, 2, 3, 4):
             share = -(-steps // splits)
-            if (BM > 64 and M <= 64) or (splits - 1) * share >= steps:
+            fits = min(M, 64) <= BM < max(2 * M, 65) and (splits - 1) * share < steps
+            if not fits:
                 continue
             rounds = -(-tiles * splits // processors)
-            parts = 2 + splits * tiles * BN * BM * 8 / 2.5e6 if splits > 1 else 0
-            found.append((rounds * (2 * share * step + 2) + parts, Hopper(BN, BM, splits, 4)))
+            parts = 3.4 + splits * BN * BM / 19e3 if splits > 1 else 0
+            stages = 6 if BM == 32 else 4
+            found.append((rounds * (2 * share * step + 2 + parts), Hopper(BN, BM, splits, stages)))
     return min(found, key=lambda each: each[0])[1]
 
 
@@ -209,9 +215,13 @@ def early(arch: str, H: int, I: int) -> bool:  # noqa: E741
 
 def hopper_moe(pairs: int, E: int) -> tuple[Hopper, Hopper] | None:
     """For the first and the second projection by the kernels for Hoppers; None where others are faster."""
-    if pairs < 48 * E:
+    each = pairs / E
+    if each < 8:
         return None
-    return Hopper(256, 128, 1, 4), Hopper(256, 128, 1, 4)
+    # Most experts should have one block: their weights are then unpacked once.
+    BM = 16 if each <= 10 else 32 if each <= 24 else 64 if each <= 48 else 128
+    config = Hopper(256, BM, 1, 4 if BM == 128 else 6)
+    return config, config
 
 
 def mxfp4(pairs: int, E: int, arch: str) -> tuple[MoeConfig, MoeConfig]:

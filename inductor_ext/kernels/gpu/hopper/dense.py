@@ -15,7 +15,6 @@ from inductor_ext.kernels.gpu.hopper.loop import (
     fetch,
     halves,
     make_stages,
-    operand,
     store_rows,
     stored,
     wait_for_group,
@@ -30,14 +29,13 @@ def linear_kernel(
     x,  # descriptors: see `make_stages`
     w,
     scales,
-    zeros,
+    zeros,  # or None
     bias,
     out,
     parts,  # float32 [tiles, BN / 64, SPLITS, 64, BM], or None without splits
     arrived,  # int32 [tiles, BN / 64], zero before and after
     M,
     N,
-    ROWS,  # N filled up to a multiple of 64
     ACROSS,  # tiles of a row
     CODES: gl.constexpr,  # "int4" or "fp4"
     SPLITS: gl.constexpr,
@@ -48,15 +46,14 @@ def linear_kernel(
     STAGES: gl.constexpr,
 ):
     TALL: gl.constexpr = BN // 64
-    stages = make_stages(x, w, TALL, STAGES)
+    stages = make_stages(x, w, scales, zeros, TALL, STAGES)
     work = (gl.cdiv(N, BN), gl.cdiv(M, BM), ACROSS)
-    numbers = (scales, zeros, ROWS)
     result = (bias, out, parts, arrived, M, N)
     gl.warp_specialize(
         [
-            (_multiply, (0, stages, work, numbers, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-            (_multiply, (1, stages, work, numbers, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, (x, w, stages, work, CODES, SPLITS, TALL, BM, STAGES)),
+            (_multiply, (0, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+            (_multiply, (1, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+            (_fetch, ((x, w, scales, zeros), stages, work, CODES, SPLITS, TALL, BM, G, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -75,40 +72,38 @@ def _place(t, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexp
     share = gl.cdiv(ACROSS, SPLITS)
     first = part * share
     steps = halves(CODES) * (gl.minimum(first + share, ACROSS) - first)
-    return tile, part, (row0, 1, m0, ACROSS, first, steps)
+    return tile, part, (0, row0, 1, m0, ACROSS, first, steps, 0, 0)
 
 
 @gluon.jit
 def _fetch(
-    x, w, stages, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
-    STAGES: gl.constexpr,
+    given, stages, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
+    G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
         _, _, place = _place(t, work, CODES, SPLITS, TALL, BM)
-        fetch(x, w, stages, place, begun, CODES, TALL // 2, TALL, STAGES)
-        begun += place[5]
+        fetch(given, stages, place, begun, CODES, G, TALL // 2, TALL, STAGES)
+        begun += place[6]
 
 
 @gluon.jit
 def _multiply(
-    me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr,
+    me: gl.constexpr, stages, work, result, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr,
     BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
-    scales, zeros, ROWS = numbers
     PER: gl.constexpr = TALL // 2
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
         tile, part, place = _place(t, work, CODES, SPLITS, TALL, BM)
-        n0, m0 = (place[0] + me * PER) * 64, place[2]
-        row = n0 + gl.arange(0, 64, gl.SliceLayout(1, operand(BM)))
-        acc, acc2 = accumulate(me, stages, place, begun, scales, zeros, row, ROWS, CODES, BM, G, ZEROS, TALL, STAGES)
+        n0, m0 = (place[1] + me * PER) * 64, place[3]
+        acc, acc2 = accumulate(me, stages, place, begun, CODES, BM, G, ZEROS, TALL, STAGES)
         _store(acc, tile * TALL + me * PER, part, n0, m0, result, SPLITS, BM)
         if PER == 2:
             _store(acc2, tile * TALL + me * PER + 1, part, n0 + 64, m0, result, SPLITS, BM)
-        begun += place[5]
+        begun += place[6]
 
 
 @gluon.jit
@@ -118,7 +113,8 @@ def _store(acc, tile, part, n0, m0, result, SPLITS: gl.constexpr, BM: gl.constex
     if SPLITS > 1:
         C: gl.constexpr = acc.type.layout
         i, j = gl.arange(0, 64, gl.SliceLayout(1, C)), gl.arange(0, BM, gl.SliceLayout(0, C))
-        place = gl.expand_dims(i, 1) * BM + gl.expand_dims(j, 0)
+        # In blocks of 8 x 8, of which a warp has one at a time.
+        place = gl.expand_dims(i // 8 * (8 * BM) + i % 8 * 8, 1) + gl.expand_dims(j // 8 * 64 + j % 8, 0)
         mine = parts + tile.to(gl.int64) * (SPLITS * 64 * BM) + place
         gl.store(mine + part * (64 * BM), acc)
         wait_for_group()  # all of this group's part is written before it is announced

@@ -19,9 +19,9 @@ def installed() -> bool:
 
 def can(packed: Packed, x: Tensor) -> bool:
     """Whether the kernels multiply x with this weight: each of its elements is rounded once to x's dtype, if scales
-    have that."""
+    have that, and zeros that are no integers."""
     there = linear.arch_of(x.device) == "sm_90" and packed.scales.dtype == x.dtype and installed()
-    return there and (packed.zeros is None or packed.zeros.dtype != torch.float32)
+    return there and (packed.zeros is None or packed.zeros.dtype in (torch.int16, x.dtype))
 
 
 def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
@@ -30,7 +30,7 @@ def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_
     from inductor_ext.kernels.gpu.workspace import counters
 
     (M, K), N = x.shape, out.shape[1]
-    down, across, _ = packed.qweight.shape
+    across = packed.qweight.shape[1]
     BN, BM, splits = config.BN, config.BM, config.SPLITS
     if (splits - 1) * -(-across // splits) >= across:
         raise ValueError(f"SPLITS must leave each program a tile of K; {splits} do not of {across} tiles.")
@@ -39,21 +39,20 @@ def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_
     if splits > 1:
         parts = torch.empty(tiles * BN * splits * BM, dtype=torch.float32, device=x.device)
         arrived = counters(tiles * BN // 64, x.device)
+    variant = _variant(config, packed, K, group_size, x.device)
     linear_kernel[(_programs(tiles * splits, x.device),)](
-        _descriptor(x, BM),
-        _descriptor(packed.qweight.view(-1, 32), 64),
-        *_numbers(packed),
+        _rows(x, BM),
+        *_weight(packed, variant["G"]),
         bias,
         out,
         parts,
         arrived,
         M,
         N,
-        down * 64,
         across,
         SPLITS=splits,
         BN=BN,
-        **_variant(config, packed, K, group_size, x.device),
+        **variant,
     )
 
 
@@ -64,9 +63,21 @@ def _variant(config: Hopper, packed: Packed, K: int, group_size: int, device: to
         "BM": config.BM,
         "G": meaning["G"],
         "ZEROS": meaning["ZEROS"],
-        "STAGES": config.STAGES,
+        "STAGES": _stages(config, 1 if packed.zeros is None else 2, meaning["G"]),
         "num_warps": 4,
     }
+
+
+_ROOM = 208 << 10
+"""Bytes of shared memory for stages; storing results takes up to 17 KB."""
+
+
+def _stages(config: Hopper, numbers: int, G: int) -> int:
+    """As many as are wanted and have room. A step has x, the codes, and one or two ``numbers`` for each group."""
+    from inductor_ext.kernels.gpu.hopper.loop import pairs
+
+    words: int = pairs("int4", G) * numbers
+    return min(config.STAGES, _ROOM // (256 * config.BM + config.BN // 64 * (4096 + 256 * words)))
 
 
 def _programs(tiles: int, device: torch.device) -> int:
@@ -74,25 +85,44 @@ def _programs(tiles: int, device: torch.device) -> int:
     return min(tiles, linear.processors(device))
 
 
-def _numbers(packed: Packed) -> tuple[Tensor, Tensor | None]:
-    return linear.words(packed.scales), None if packed.zeros is None else linear.words(packed.zeros)
+def _weight(packed: Packed, G: int) -> tuple[Any, Any, Any]:
+    """The descriptors of codes, scales, and zeros or None."""
+    from inductor_ext.kernels.gpu.hopper.loop import pairs
+
+    height = pairs("int4", G)
+    zeros = None if packed.zeros is None else _pairs(linear.words(packed.zeros).squeeze(-1), height)
+    return _codes(packed), _pairs(linear.words(packed.scales).squeeze(-1), height), zeros
 
 
-def _descriptor(rows: Tensor, height: int) -> Any:
-    """For the copy engine: [.., K] in blocks [height, 32]. It wants addresses that are multiples of 16."""
+def _codes(packed: Packed) -> Any:
+    return _rows(packed.qweight.view(-1, 32), 64)
+
+
+def _rows(rows: Tensor, height: int) -> Any:
+    """For the copy engine: [.., K] of 16-bit numbers in blocks [height, 32]."""
+    return _descriptor(rows, [height, 32], 64)
+
+
+def _pairs(words: Tensor, height: int) -> Any:
+    """Pairs of scales or zeros, int32 [.., rows], in blocks [height, 64]."""
+    return _descriptor(words.view(-1, words.shape[-1]), [height, 64], 0)
+
+
+def _descriptor(rows: Tensor, block: list[int], swizzled: int) -> Any:
+    """The copy engine wants addresses that are multiples of 16."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     if rows.data_ptr() % 16:
         rows = rows.clone()
-    layout = NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(rows, [height, 32], layout)
+    layout = NVMMASharedLayout(swizzle_byte_width=swizzled, element_bitwidth=8 * rows.element_size(), rank=2)
+    return TensorDescriptor.from_tensor(rows, block, layout)
 
 
 def can_experts(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
     """Whether the kernels compute these experts."""
     # Weights of both projections are rounded, act(h) and with many tokens y: in bfloat16 that is what may be owed, and
-    # codes less such zeros would make it more.
+    # the rest of zeros that are no integers would make it more.
     exact = not linear.float_zeros(w13) and not linear.float_zeros(w2)
     return _placed(mlp, I) and exact and can(w13, x) and can(w2, x)
 
@@ -109,16 +139,20 @@ def gather(x: Tensor, found: tuple[Tensor, ...], top_k: int, BM: int, gathered: 
     _, slots, _, total = found
     H = x.shape[1]
     gather_kernel[(len(gathered) // 8, -(-H // 1024))](
-        x, slots, total, gathered, top_k, H, BM=BM, ROWS=8, BN=1024, num_warps=4
+        x, slots, total, gathered, top_k, H, BM=BM, ROWS=8, BN=1024, num_warps=4, **EARLY
     )
+
+
+EARLY = {"EARLY": True, "launch_pdl": True}
+"""How a layer's kernels are launched (see ``early.py``). Here long programs do no harm: there is one a processor."""
 
 
 class Weights(NamedTuple):
     """One projection's weights of E experts, and how they are multiplied."""
 
     config: Hopper
-    tensors: tuple[Tensor, Tensor, Tensor | None]
-    """Codes, scales, zeros."""
+    tensors: tuple[Any, Any, Any]
+    """Descriptors of codes, scales, zeros."""
     sizes: tuple[int, int, int, int]
     """ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS: an expert's rows, and what a row of each tensor has in its layout."""
     variant: dict[str, Any]
@@ -128,11 +162,9 @@ class Weights(NamedTuple):
 def int4(config: Hopper, packed: Packed, K: int, group_size: int) -> Weights:
     _, tall, across, _ = packed.qweight.shape
     zero_rows = 0 if packed.zeros is None else packed.zeros.shape[1]
+    variant = _variant(config, packed, K, group_size, packed.qweight.device)
     return Weights(
-        config,
-        (packed.qweight, *_numbers(packed)),
-        (tall * 64, across, packed.scales.shape[1], zero_rows),
-        _variant(config, packed, K, group_size, packed.qweight.device),
+        config, _weight(packed, variant["G"]), (tall * 64, across, packed.scales.shape[1], zero_rows), variant
     )
 
 
@@ -141,7 +173,7 @@ def fp4(config: Hopper, packed: Packed) -> Weights:
     _, tall, across, _ = packed.qweight.shape
     scales = packed.scales.view(torch.int32).squeeze(-1)
     variant = {"CODES": "fp4", "BM": config.BM, "G": 32, "ZEROS": "none", "STAGES": config.STAGES, "num_warps": 4}
-    return Weights(config, (packed.qweight, scales, None), (tall * 64, across, scales.shape[1], 0), variant)
+    return Weights(config, (_codes(packed), _pairs(scales, 1), None), (tall * 64, across, scales.shape[1], 0), variant)
 
 
 def can_fp4(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # noqa: E741
@@ -165,11 +197,9 @@ def up(
     from inductor_ext.kernels.gpu.hopper.moe import up_kernel
 
     I, BM = h.shape[1], weights.config.BM  # noqa: E741
-    codes, *numbers = weights.tensors
     up_kernel[(_programs(-(-I // 128) * len(h) // BM, x.device),)](
-        _descriptor(x, BM),
-        _descriptor(codes.view(-1, 32), 64),
-        *numbers,
+        _rows(x, BM),
+        *weights.tensors,
         bias,
         *found,
         h,
@@ -183,6 +213,7 @@ def up(
         LIMITED=mlp.limit is not None,
         ON_INPUT=mlp.apply_router_weight_on_input,
         **weights.variant,
+        **EARLY,
     )
 
 
@@ -199,11 +230,9 @@ def down(
     from inductor_ext.kernels.gpu.hopper.moe import down_kernel
 
     H, BN, BM = y.shape[1], weights.config.BN, weights.config.BM
-    codes, *numbers = weights.tensors
     down_kernel[(_programs(-(-H // BN) * len(h) // BM, h.device),)](
-        _descriptor(h, BM),
-        _descriptor(codes.view(-1, 32), 64),
-        *numbers,
+        _rows(h, BM),
+        *weights.tensors,
         bias,
         *found,
         y,
@@ -213,4 +242,5 @@ def down(
         ON_INPUT=mlp.apply_router_weight_on_input,
         BN=BN,
         **weights.variant,
+        **EARLY,
     )

@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from inductor_ext.kernels.gpu.early import begin
 from inductor_ext.kernels.gpu.fp4 import round_to_e4m3
 from inductor_ext.kernels.gpu.hopper.loop import (
     REGISTERS,
@@ -19,7 +20,6 @@ from inductor_ext.kernels.gpu.hopper.loop import (
     fetch,
     halves,
     make_stages,
-    operand,
     store_rows,
     stored,
     sums,
@@ -27,8 +27,12 @@ from inductor_ext.kernels.gpu.hopper.loop import (
 
 
 @triton.jit
-def gather_kernel(x, slots, total, gathered, TOP_K, HIDDEN, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr):
+def gather_kernel(
+    x, slots, total, gathered, TOP_K, HIDDEN, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """gathered [slots, HIDDEN]: each slot's token. Nobody's slots, and those beyond the last block, are not written."""
+    begin(EARLY)
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.load(slots + slot, mask=slot < tl.load(total) * BM, other=-1)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -42,29 +46,38 @@ def up_kernel(
     x, w, scales, zeros, bias, topk_weights, slots, block_expert, total, h,
     INNER, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, alpha, limit, x_scale, h_scale,
     CODES: gl.constexpr, HALVES: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr,
-    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """h [slots, INNER] = act(W13 x + b13), in tiles of 128 of INNER and a block of slots. ``x``: the gathered tokens.
 
     A group has 128 rows of codes. HALVES: 64 gates and, INNER rows on, the ups of the same results, so INNER is a
     multiple of 64. Otherwise gates and ups take turns, and the rows are neighbours.
     """
+    begin(EARLY)
     EACH: gl.constexpr = 2 if HALVES else 4
-    stages = make_stages(x, w, 4, STAGES)
-    work = (gl.cdiv(INNER, 128), gl.load(total), block_expert, ROWS // 64, INNER // 64 if HALVES else 1, ACROSS)
-    numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
+    stages = make_stages(x, w, scales, zeros, 4, STAGES)
+    work = (
+        gl.cdiv(INNER, 128),
+        gl.load(total),
+        block_expert,
+        ROWS // 64,
+        INNER // 64 if HALVES else 1,
+        ACROSS,
+        SCALE_ROWS,
+        ZERO_ROWS,
+    )
     result = (bias, topk_weights, slots, h, INNER, alpha, limit, x_scale, h_scale)
     gl.warp_specialize(
         [
             (
                 _up,
-                (0, stages, work, numbers, result, CODES, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES),
+                (0, stages, work, result, CODES, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES),
             ),
             (
                 _up,
-                (1, stages, work, numbers, result, CODES, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES),
+                (1, stages, work, result, CODES, HALVES, ACTIVATION, LIMITED, ON_INPUT, BM, G, ZEROS, STAGES),
             ),
-            (_fetch, (x, w, stages, work, CODES, EACH, EACH // 2, 4, BM, STAGES)),
+            (_fetch, ((x, w, scales, zeros), stages, work, CODES, EACH, EACH // 2, 4, BM, G, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -76,44 +89,54 @@ def _place(t, work, CODES: gl.constexpr, EACH: gl.constexpr, BM: gl.constexpr):
     """The t-th tile: its block and that one's expert, which tile of the block, and where it is (see ``fetch``).
 
     EACH: times 64 rows of codes from one tile to the next."""
-    across, _, block_expert, TALL_EXPERT, APART, ACROSS = work
+    across, _, block_expert, TALL_EXPERT, APART, ACROSS, SCALE_ROWS, ZERO_ROWS = work
     block, tile = t // across, t % across
     expert = gl.load(block_expert + block)
     return (
         block,
         expert,
         tile,
-        (expert * TALL_EXPERT + tile * EACH, APART, block * BM, ACROSS, 0, halves(CODES) * ACROSS),
+        (
+            expert * TALL_EXPERT,
+            tile * EACH,
+            APART,
+            block * BM,
+            ACROSS,
+            0,
+            halves(CODES) * ACROSS,
+            expert * SCALE_ROWS,
+            expert * ZERO_ROWS,
+        ),
     )
 
 
 @gluon.jit
 def _fetch(
-    x, w, stages, work, CODES: gl.constexpr,
-    EACH: gl.constexpr, NEXT: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    given, stages, work, CODES: gl.constexpr, EACH: gl.constexpr, NEXT: gl.constexpr, TALL: gl.constexpr,
+    BM: gl.constexpr, G: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    across, blocks, _, _, _, _ = work
+    across, blocks = work[0], work[1]
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
         _, _, _, place = _place(t, work, CODES, EACH, BM)
-        fetch(x, w, stages, place, begun, CODES, NEXT, TALL, STAGES)
-        begun += place[5]
+        fetch(given, stages, place, begun, CODES, G, NEXT, TALL, STAGES)
+        begun += place[6]
 
 
 @gluon.jit
 def _up(
-    me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, HALVES: gl.constexpr,
+    me: gl.constexpr, stages, work, result, CODES: gl.constexpr, HALVES: gl.constexpr,
     ACTIVATION: gl.constexpr, LIMITED: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
     ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     bias, topk_weights, slots, h, INNER, alpha, limit, x_scale, h_scale = result
-    across, blocks, _, _, _, _ = work
+    across, blocks = work[0], work[1]
     EACH: gl.constexpr = 2 if HALVES else 4
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
         block, expert, tile, place = _place(t, work, CODES, EACH, BM)
         n0 = (EACH * tile + EACH // 2 * me) * 64
-        first, second = _sums(me, stages, place, begun, numbers, expert, n0, CODES, BM, G, ZEROS, 4, STAGES)
+        first, second = accumulate(me, stages, place, begun, CODES, BM, G, ZEROS, 4, STAGES)
         if x_scale is not None:
             first, second = first * gl.load(x_scale), second * gl.load(x_scale)
         if ON_INPUT:
@@ -132,23 +155,29 @@ def _up(
         else:
             _store_pairs(first, h, block * BM, n0 // 2, INNER, alpha, limit, h_scale, ACTIVATION, LIMITED)
             _store_pairs(second, h, block * BM, n0 // 2 + 32, INNER, alpha, limit, h_scale, ACTIVATION, LIMITED)
-        begun += place[5]
+        begun += place[6]
 
 
 @gluon.jit
 def _store_pairs(
     acc, h, m0, n0, INNER, alpha, limit, h_scale, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr
 ):  # fmt: skip
-    """32 of INNER from [64, BM], in which gates and ups take turns."""
+    """32 of INNER from [64, BM], in which gates and ups take turns. They are brought together through shared memory, of
+    which stages leave little: so for 32 of BM at a time."""
     BM: gl.constexpr = acc.shape[1]
-    pairs = gl.convert_layout(acc, stored()).reshape((32, 2, BM)).permute((0, 2, 1))
-    gate, up = gl.split(pairs)
-    y = _gated(gate, up, alpha, limit, h_scale, ACTIVATION, LIMITED).to(h.dtype.element_ty)
-    L: gl.constexpr = y.type.layout
-    n = n0 + gl.arange(0, 32, gl.SliceLayout(1, L))
-    m = m0 + gl.arange(0, BM, gl.SliceLayout(0, L))
-    where = gl.expand_dims(m, 0).to(gl.int64) * INNER + gl.expand_dims(n, 1)
-    gl.store(h + where, y, mask=gl.expand_dims(n < INNER, 1))
+    if BM > 32:
+        first, second = gl.split(acc.reshape((64, 2, BM // 2)).permute((0, 2, 1)))
+        _store_pairs(first, h, m0, n0, INNER, alpha, limit, h_scale, ACTIVATION, LIMITED)
+        _store_pairs(second, h, m0 + BM // 2, n0, INNER, alpha, limit, h_scale, ACTIVATION, LIMITED)
+    else:
+        pairs = gl.convert_layout(acc, stored()).reshape((32, 2, BM)).permute((0, 2, 1))
+        gate, up = gl.split(pairs)
+        y = _gated(gate, up, alpha, limit, h_scale, ACTIVATION, LIMITED).to(h.dtype.element_ty)
+        L: gl.constexpr = y.type.layout
+        n = n0 + gl.arange(0, 32, gl.SliceLayout(1, L))
+        m = m0 + gl.arange(0, BM, gl.SliceLayout(0, L))
+        where = gl.expand_dims(m, 0).to(gl.int64) * INNER + gl.expand_dims(n, 1)
+        gl.store(h + where, y, mask=gl.expand_dims(n < INNER, 1))
 
 
 @gluon.jit
@@ -156,19 +185,19 @@ def down_kernel(
     h, w, scales, zeros, bias, topk_weights, slots, block_expert, total, y,
     HIDDEN, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, h_scale,
     CODES: gl.constexpr, ON_INPUT: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
-    ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    ZEROS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """y [pairs, HIDDEN] = weight * (W2 h + b2), in tiles of BN of HIDDEN and a block of slots."""
+    begin(EARLY)
     TALL: gl.constexpr = BN // 64
-    stages = make_stages(h, w, TALL, STAGES)
-    work = (gl.cdiv(HIDDEN, BN), gl.load(total), block_expert, ROWS // 64, 1, ACROSS)
-    numbers = (scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS)
+    stages = make_stages(h, w, scales, zeros, TALL, STAGES)
+    work = (gl.cdiv(HIDDEN, BN), gl.load(total), block_expert, ROWS // 64, 1, ACROSS, SCALE_ROWS, ZERO_ROWS)
     result = (bias, topk_weights, slots, y, HIDDEN, h_scale)
     gl.warp_specialize(
         [
-            (_down, (0, stages, work, numbers, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_down, (1, stages, work, numbers, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, (h, w, stages, work, CODES, TALL, TALL // 2, TALL, BM, STAGES)),
+            (_down, (0, stages, work, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
+            (_down, (1, stages, work, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
+            (_fetch, ((h, w, scales, zeros), stages, work, CODES, TALL, TALL // 2, TALL, BM, G, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -177,34 +206,20 @@ def down_kernel(
 
 @gluon.jit
 def _down(
-    me: gl.constexpr, stages, work, numbers, result, CODES: gl.constexpr, ON_INPUT: gl.constexpr, TALL: gl.constexpr,
+    me: gl.constexpr, stages, work, result, CODES: gl.constexpr, ON_INPUT: gl.constexpr, TALL: gl.constexpr,
     BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    across, blocks, _, _, _, _ = work
+    across, blocks = work[0], work[1]
     PER: gl.constexpr = TALL // 2
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
         block, expert, tile, place = _place(t, work, CODES, TALL, BM)
         n0 = (tile * TALL + me * PER) * 64
-        acc, acc2 = _sums(me, stages, place, begun, numbers, expert, n0, CODES, BM, G, ZEROS, TALL, STAGES)
+        acc, acc2 = accumulate(me, stages, place, begun, CODES, BM, G, ZEROS, TALL, STAGES)
         _weighted(acc, n0, block, expert, result, ON_INPUT, BM)
         if PER == 2:
             _weighted(acc2, n0 + 64, block, expert, result, ON_INPUT, BM)
-        begun += place[5]
-
-
-@gluon.jit
-def _sums(
-    me: gl.constexpr, stages, place, begun, numbers, expert, n0, CODES: gl.constexpr, BM: gl.constexpr,
-    G: gl.constexpr, ZEROS: gl.constexpr, TALL: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    scales, zeros, ROWS, SCALE_ROWS, ZERO_ROWS = numbers
-    e = expert.to(gl.int64) * ROWS
-    scales += e * SCALE_ROWS
-    if ZEROS != "none":
-        zeros += e * ZERO_ROWS
-    row = n0 + gl.arange(0, 64, gl.SliceLayout(1, operand(BM)))
-    return accumulate(me, stages, place, begun, scales, zeros, row, ROWS, CODES, BM, G, ZEROS, TALL, STAGES)
+        begun += place[6]
 
 
 @gluon.jit
@@ -216,8 +231,20 @@ def _weighted(acc, n0, block, expert, result, ON_INPUT: gl.constexpr, BM: gl.con
         acc = add_bias(acc, bias + expert.to(gl.int64) * HIDDEN, n0, HIDDEN)
     if not ON_INPUT:
         acc *= _factors(topk_weights, slots + block * BM, BM)
-    pair = gl.load(slots + block * BM + gl.arange(0, BM, gl.SliceLayout(0, stored())))
-    store_rows(acc, y, pair, pair >= 0, n0, HIDDEN)
+    _store_slots(acc, y, slots + block * BM, n0, HIDDEN)
+
+
+@gluon.jit
+def _store_slots(acc, y, slots, n0, HIDDEN):
+    """What each slot's pair gets; float32 goes through shared memory for 32 slots at a time, as in `_store_pairs`."""
+    BM: gl.constexpr = acc.shape[1]
+    if BM > 32 and y.dtype.element_ty == gl.float32:
+        first, second = gl.split(acc.reshape((64, 2, BM // 2)).permute((0, 2, 1)))
+        _store_slots(first, y, slots, n0, HIDDEN)
+        _store_slots(second, y, slots + BM // 2, n0, HIDDEN)
+    else:
+        pair = gl.load(slots + gl.arange(0, BM, gl.SliceLayout(0, stored())))
+        store_rows(acc, y, pair, pair >= 0, n0, HIDDEN)
 
 
 @gluon.jit
