@@ -34,7 +34,7 @@ from gpu_time import DEVICE, about, copy_rate, medians, recorded
 from torch import Tensor
 
 from inductor_ext.kernels import Packed
-from inductor_ext.kernels.gpu import linear, measured, planes, tuning
+from inductor_ext.kernels.gpu import linear, measured, planes, runtime, tuning
 from inductor_ext.kernels.gpu.hopper import launch as hopper
 
 GROUP = 128
@@ -50,7 +50,7 @@ Config = tuning.Config | tuning.Hopper
 
 def starts(M: int, N: int, K: int, packed: Packed, x: Tensor) -> list[Config]:
     """What the rules choose, were nothing ever dequantised for a dense matmul; and a choice of the other kernel."""
-    count, arch = linear.processors(x.device), linear.arch_of(x.device)
+    count, arch = runtime.processors(x.device), runtime.arch_of(x.device)
     fused: Config = tuning.dense(M, N, K, arch, count, plain=True)
     if M <= 16 or not hopper.can(packed, x):
         return [fused]
@@ -143,7 +143,7 @@ def told(result: dict[str, Any]) -> Iterator[str]:
 def write(table: Path, results: list[dict[str, Any]]) -> None:
     device = torch.device(DEVICE, torch.cuda.current_device())
     document = json.loads(table.read_text())
-    mine = document.setdefault(measured.key(linear.arch_of(device), linear.processors(device)), {})
+    mine = document.setdefault(measured.key(runtime.arch_of(device), runtime.processors(device)), {})
     layers = mine.setdefault("dense", {})
     for result in results:
         layer = layers.setdefault(f"{result['N']}x{result['K']}", {})

@@ -16,7 +16,7 @@ from models import OWED, rel_l2
 from torch import Tensor
 
 import inductor_ext.ops  # noqa: F401  registers torch.ops.w4a16
-from inductor_ext.kernels.gpu import codes, linear
+from inductor_ext.kernels.gpu import codes, linear, runtime
 from inductor_ext.kernels.gpu.codes import four_planes, four_planes_less
 from inductor_ext.kernels.gpu.tuning import Config
 
@@ -75,7 +75,7 @@ def every_code(out, sample, PTX: tl.constexpr, LESS_8: tl.constexpr):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("less_8", [False, True])
 def test_every_code_less_every_zero_is_exact(less_8: bool, dtype: torch.dtype) -> None:
-    PTX = DEVICE == "cuda" and linear.arch_of(torch.device(DEVICE, 0)).startswith("sm_")
+    PTX = DEVICE == "cuda" and runtime.arch_of(torch.device(DEVICE, 0)).startswith("sm_")
     zeros = torch.tensor([8] if less_8 else range(17), device=DEVICE)
     out = torch.empty(len(zeros), 65536, 4, device=DEVICE)
     every_code[(len(zeros), 64)](out, torch.empty(1, dtype=dtype, device=DEVICE), PTX=PTX, LESS_8=less_8)
@@ -194,7 +194,7 @@ def test_groups_whose_sums_are_scaled(
     variant: str, G: int, zeros: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on AMD GPUs, where weights are not scaled."""
-    monkeypatch.setattr(linear, "steps", lambda *given: {"WIDTH": 32, "ROUNDED": False})
+    monkeypatch.setattr("inductor_ext.kernels.gpu.weight.steps", lambda *given: {"WIDTH": 32, "ROUNDED": False})
     assert launched(VARIANTS[variant], 5, 70, SIZES[G], G, zeros, dtype, dtype) <= OWED[dtype]
 
 
@@ -244,7 +244,7 @@ def test_dequantised_once(G: int, zeros: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("M", [1, 12, 40, 100, 460])
 def test_the_op_at_any_number_of_rows(M: int, order: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(linear, "processors", lambda device: 4)
+        monkeypatch.setattr(runtime, "processors", lambda device: 4)
     w, x = weight(70, 512, 64, "int", dtype, order), activations(M, 512, dtype)
     y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 70, 64, "triton")
     assert (y.shape, y.dtype) == ((M, 70), dtype)
@@ -254,7 +254,7 @@ def test_the_op_at_any_number_of_rows(M: int, order: bool, dtype: torch.dtype, m
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (2, 3)], ids=str)
 def test_batches_and_no_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        monkeypatch.setattr(linear, "processors", lambda device: 4)
+        monkeypatch.setattr(runtime, "processors", lambda device: 4)
     w = weight(70, 256, 64)
     x = activations(6, 256, torch.float16)[: torch.Size(shape).numel()].view(*shape, 256)
     y = torch.ops.w4a16.linear(x, *linear.pack(w), None, 70, 64, "triton")

@@ -15,7 +15,7 @@ import inductor_ext.ops  # noqa: F401  registers the ops
 from inductor_ext import oracle
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Problem
-from inductor_ext.kernels.gpu import experts, linear, measured, tuning
+from inductor_ext.kernels.gpu import experts, linear, measured, runtime, tuning
 
 PROBLEM = Problem("linear", "cuda", "sm_90", torch.bfloat16, torch.float16, 4096, 4096, 128, "int", True, True)
 
@@ -131,8 +131,8 @@ def test_a_layer_is_multiplied_as_was_measured(monkeypatch: pytest.MonkeyPatch) 
     own = tuning.Config(64, 64, 64, WIDE=True, SPLITS=1, ROUNDED=False, STAGES=2, num_warps=4)
     found: list[tuning.Config | tuning.Hopper] = [own]
     monkeypatch.setattr(measured, "dense", lambda *cell: found[0])
-    monkeypatch.setattr(linear, "arch_of", lambda device: "sm_80")
-    monkeypatch.setattr(linear, "processors", lambda device: 108)
+    monkeypatch.setattr(runtime, "arch_of", lambda device: "sm_80")
+    monkeypatch.setattr(runtime, "processors", lambda device: 108)
     x = torch.empty(33, 256, dtype=torch.float16)
     codes, scales = torch.zeros(64, 32, dtype=torch.int32), torch.zeros(64, 8, dtype=torch.float16)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import inductor_ext
 import inductor_ext.ops
 from inductor_ext.kernels import Packed
-from inductor_ext.kernels.gpu import linear, tuning, workspace
+from inductor_ext.kernels.gpu import linear, runtime, tuning, workspace
 from inductor_ext.kernels.gpu.decode import launch as decode
 from inductor_ext.kernels.gpu.hopper import launch as hopper
 
@@ -57,7 +57,7 @@ def poison() -> None:
 def splits(M: int) -> int:
     N, K, _ = SPLIT
     device = torch.device("cuda", torch.cuda.current_device())
-    return tuning.dense(M, N, K, linear.arch_of(device), linear.processors(device), plain=False).SPLITS
+    return tuning.dense(M, N, K, runtime.arch_of(device), runtime.processors(device), plain=False).SPLITS
 
 
 def call(M: int, seed: int = 0) -> Callable[[], Tensor]:
@@ -131,7 +131,7 @@ def test_more_rows_than_32_bits_can_address() -> None:
     x = torch.zeros(rows, K, dtype=torch.float16, device="cuda")
     x[-40:] = last
     out = torch.empty(rows, N, dtype=torch.float16, device="cuda")
-    config = tuning.dense(rows, N, K, linear.arch_of(x.device), linear.processors(x.device), plain=True)
+    config = tuning.dense(rows, N, K, runtime.arch_of(x.device), runtime.processors(x.device), plain=True)
     linear.launch(config, x, linear.pack(w), None, 128, out)
     assert rel_l2(out[-40:], expected(last, w)) <= OWED[torch.float16]
 
@@ -255,10 +255,10 @@ def variant(M: int, N: int, K: int, G: int, packed: Packed, x: Tensor) -> object
     """What is compiled for M rows, and not again for others."""
     if decode.can(packed, x[:M]):
         return "one row"
-    count = linear.processors(x.device)
+    count = runtime.processors(x.device)
     if hopper.can(packed, x) and (many := tuning.hopper(M, N, K, count, plain=True)) is not None:
         return many
-    config = tuning.dense(M, N, K, linear.arch_of(x.device), count, plain=True)
+    config = tuning.dense(M, N, K, runtime.arch_of(x.device), count, plain=True)
     return config, config.BM >= M
 
 

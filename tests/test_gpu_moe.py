@@ -16,7 +16,7 @@ from zoo_moe.blocks import FAMILIES, made, output, settled
 
 import inductor_ext
 from inductor_ext.kernels.gpu import experts as kernel
-from inductor_ext.kernels.gpu import linear, tuning
+from inductor_ext.kernels.gpu import runtime, tuning
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA or ROCm device, and this machine has none"
@@ -176,7 +176,7 @@ def test_streams_at_once_do_not_disturb_each_other() -> None:
 
 def kinds(experts: Experts, routed: list[tuple[Tensor, ...]]) -> list[bool]:
     """Which of the calls go pair by pair."""
-    arch = linear.arch_of(torch.device("cuda", torch.cuda.current_device()))
+    arch = runtime.arch_of(torch.device("cuda", torch.cuda.current_device()))
     return [tuning.moe(ids.numel(), experts.E, experts.H, experts.I, arch)[0].PAIRWISE for *_, ids in routed]
 
 

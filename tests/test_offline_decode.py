@@ -11,7 +11,7 @@ from offline import TARGETS, Recorder
 from test_offline_dense import K, N, packed
 
 from inductor_ext.formats import PackedInt4
-from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu import linear, runtime
 from inductor_ext.kernels.gpu.decode import dense, launch
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
@@ -19,8 +19,8 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(linear, "processors", lambda device: 132)
-    monkeypatch.setattr(linear, "require", lambda x: None)
+    monkeypatch.setattr(runtime, "processors", lambda device: 132)
+    monkeypatch.setattr(runtime, "require", lambda x: None)
     return monkeypatch
 
 
@@ -31,7 +31,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ids=str,
 )
 def test_linears(on: pytest.MonkeyPatch, target: str, dtype: torch.dtype, G: int, zeros: bool) -> None:
-    on.setattr(linear, "arch_of", lambda device: target)
+    on.setattr(runtime, "arch_of", lambda device: target)
     kernel = Recorder(dense.linear_kernel)
     on.setattr(dense, "linear_kernel", kernel)
     linear.run(torch.empty(1, K, dtype=dtype, device="meta"), packed(G, zeros, dtype), None, N, G)
@@ -72,14 +72,14 @@ def test_linears(on: pytest.MonkeyPatch, target: str, dtype: torch.dtype, G: int
 def test_what_they_take(
     on: pytest.MonkeyPatch, rows: int, columns: int, dtype: torch.dtype, arch: str, taken: bool
 ) -> None:
-    on.setattr(linear, "arch_of", lambda device: arch)
+    on.setattr(runtime, "arch_of", lambda device: arch)
     x = torch.empty(rows, columns, dtype=torch.float16, device="meta")
     assert launch.can(packed(128, False, dtype), x) is taken
 
 
 def test_sums_of_a_very_long_row_are_left_to_the_other_kernel(on: pytest.MonkeyPatch) -> None:
     """They would not all fit into shared memory."""
-    on.setattr(linear, "arch_of", lambda device: "sm_90")
+    on.setattr(runtime, "arch_of", lambda device: "sm_90")
     for columns, taken in ((1 << 16, True), ((1 << 16) + 256, False)):
         x = torch.empty(1, columns, dtype=torch.float16, device="meta")
         assert launch.can(packed(128, True, torch.float16), x) is taken
@@ -89,7 +89,7 @@ def test_sums_of_a_very_long_row_are_left_to_the_other_kernel(on: pytest.MonkeyP
 @pytest.mark.parametrize("target", NVIDIA)
 def test_sums_of_a_long_row_fit(on: pytest.MonkeyPatch, target: str) -> None:
     """Of the longest row, in the smallest groups."""
-    on.setattr(linear, "arch_of", lambda device: target)
+    on.setattr(runtime, "arch_of", lambda device: target)
     kernel = Recorder(dense.linear_kernel)
     on.setattr(dense, "linear_kernel", kernel)
     codes, numbers = torch.empty(64, 1 << 13, dtype=torch.int32, device="meta"), (64, 1 << 11)
@@ -105,7 +105,7 @@ def test_sums_of_a_long_row_fit(on: pytest.MonkeyPatch, target: str) -> None:
 def test_what_is_at_an_odd_address_is_left_to_the_other_kernel(
     on: pytest.MonkeyPatch, of_x: int, of_codes: int, taken: bool
 ) -> None:
-    on.setattr(linear, "arch_of", lambda device: "sm_90")
+    on.setattr(runtime, "arch_of", lambda device: "sm_90")
     weight = linear.pack(PackedInt4(torch.zeros(64, 32, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.float16)))
     room = torch.empty(weight.qweight.numel() + 16, dtype=torch.int16)
     codes = room[of_codes:][: weight.qweight.numel()].view(weight.qweight.shape)

@@ -12,7 +12,7 @@ from offline import DIFFERENT, KB, TARGETS, TWINS, Facts, Recorder, uses_matrix_
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Packed
-from inductor_ext.kernels.gpu import dense, dequantise, linear, tuning
+from inductor_ext.kernels.gpu import dense, dequantise, linear, runtime, tuning
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 N = K = 4096
@@ -42,7 +42,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
     ) -> Facts:
         kernel = Recorder(fn)
         monkeypatch.setattr(dense, "linear_kernel", kernel)
-        monkeypatch.setattr(linear, "arch_of", lambda device: target)
+        monkeypatch.setattr(runtime, "arch_of", lambda device: target)
         x, out = (torch.empty(M, columns, dtype=dtype, device="meta") for columns in (K, N))
         config = config or tuning.dense(M, N, K, target, 132, plain=not zeros and G == 128)
         linear.launch(config, x, packed(G, zeros, dtype), None, G, out)
@@ -112,7 +112,7 @@ def test_few_rows_of_small_groups(compiled: Any, target: str, M: int, G: int) ->
 def test_dequantised_once(monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype) -> None:
     kernel = Recorder(dequantise.dequantise_kernel)
     monkeypatch.setattr(dequantise, "dequantise_kernel", kernel)
-    monkeypatch.setattr(linear, "arch_of", lambda device: target)
+    monkeypatch.setattr(runtime, "arch_of", lambda device: target)
     linear.dequantise(packed(128, True, dtype), N, K, 128, dtype)
     facts = kernel.compile(target)
     assert facts.spills == 0

@@ -16,7 +16,7 @@ from test_offline_dense import K, N, packed
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Mlp, Packed, Routing
-from inductor_ext.kernels.gpu import experts, linear, moe, mxfp4, routing, tuning
+from inductor_ext.kernels.gpu import experts, moe, mxfp4, routing, runtime, tuning
 from inductor_ext.kernels.gpu.hopper import dense, launch
 from inductor_ext.kernels.gpu.hopper import moe as many
 from inductor_ext.kernels.gpu.tuning import Hopper
@@ -24,9 +24,9 @@ from inductor_ext.kernels.gpu.tuning import Hopper
 
 @pytest.fixture
 def on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(linear, "arch_of", lambda device: "sm_90")
-    monkeypatch.setattr(linear, "processors", lambda device: 132)
-    monkeypatch.setattr(linear, "require", lambda x: None)
+    monkeypatch.setattr(runtime, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(runtime, "processors", lambda device: 132)
+    monkeypatch.setattr(runtime, "require", lambda x: None)
     return monkeypatch
 
 

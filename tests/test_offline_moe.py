@@ -11,7 +11,7 @@ from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_unit
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import Mlp, Packed, Routing
-from inductor_ext.kernels.gpu import experts, linear, moe, routing, tuning
+from inductor_ext.kernels.gpu import experts, moe, routing, runtime, tuning
 from inductor_ext.kernels.gpu.hopper import launch
 
 E, K, H, I = 128, 8, 2048, 768  # noqa: E741
@@ -39,8 +39,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             fn = getattr(module, name)
             found[name] = Recorder(fn.fn if isinstance(fn, Recorder) else fn)
             monkeypatch.setattr(module, name, found[name])
-        monkeypatch.setattr(linear, "arch_of", lambda device: target)
-        monkeypatch.setattr(linear, "require", lambda x: None)
+        monkeypatch.setattr(runtime, "arch_of", lambda device: target)
+        monkeypatch.setattr(runtime, "require", lambda x: None)
         monkeypatch.setattr(launch, "can", lambda packed, x: False)  # test_offline_hopper.py has those
         T = pairs // K
         x = torch.empty(T, H, dtype=dtype, device="meta")
@@ -66,7 +66,7 @@ def test_weights_with_float_zeros_are_never_rounded(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, G: int, pairs: int
 ) -> None:
     """Two projections' would be more than is owed."""
-    monkeypatch.setattr(linear, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(runtime, "arch_of", lambda device: "sm_90")
     x = torch.empty(1, H, dtype=dtype, device="meta")
     for config in tuning.moe(pairs, E, H, I, "sm_90"):
         with_zeros = packed(H, I, G, True, dtype)

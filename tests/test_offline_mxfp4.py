@@ -11,7 +11,7 @@ from mxfp4_problems import GPT_OSS
 from offline import DIFFERENT, TARGETS, TWINS, Facts, Recorder, uses_matrix_units
 
 from inductor_ext.kernels import Packed, Routing
-from inductor_ext.kernels.gpu import linear, moe, mxfp4, mxfp4_scaled, routing, tuning
+from inductor_ext.kernels.gpu import moe, mxfp4, mxfp4_scaled, routing, runtime, tuning
 from inductor_ext.kernels.gpu.hopper import launch
 
 E, K, H, I = 32, 4, 2880, 2880  # noqa: E741
@@ -47,8 +47,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
             fn = getattr(module, name)
             found[name] = Recorder(fn.fn if isinstance(fn, Recorder) else fn)
             monkeypatch.setattr(module, name, found[name])
-        monkeypatch.setattr(linear, "arch_of", lambda device: target)
-        monkeypatch.setattr(linear, "require", lambda x: None)
+        monkeypatch.setattr(runtime, "arch_of", lambda device: target)
+        monkeypatch.setattr(runtime, "require", lambda x: None)
         monkeypatch.setattr(launch, "can_fp4", lambda *given: False)  # test_offline_hopper.py has those
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from inductor_ext.formats import PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
-from inductor_ext.kernels.gpu import linear, planes, tuning
+from inductor_ext.kernels.gpu import planes, runtime, tuning, weight
 from inductor_ext.kernels.gpu.hopper import launch as hopper
 
 NAME = "triton"
 CHECKS_WEIGHTS = False
 
-_FLOATS = (torch.float16, torch.bfloat16)
 
-usable = linear.usable
+usable = runtime.usable
 
 
 def reject(problem: MoeProblem) -> str | None:
@@ -27,12 +26,12 @@ def reject(problem: MoeProblem) -> str | None:
         return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
     if (reason := tuning.why_not_on(problem.arch)) is not None:
         return reason
-    if problem.dtype not in _FLOATS:
+    if problem.dtype not in runtime.FLOATS:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
-    for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
-        if weight.scale_dtype not in planes.SCALES:
-            return f"The scales must be float16, bfloat16 or float32, not {weight.scale_dtype}."
-        if (reason := planes.why_not(K, weight.group_size)) is not None:
+    for kind, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
+        if kind.scale_dtype not in planes.SCALES:
+            return f"The scales must be float16, bfloat16 or float32, not {kind.scale_dtype}."
+        if (reason := planes.why_not(K, kind.group_size)) is not None:
             return reason
     mlp = problem.mlp
     if mlp.activation not in ACTIVATIONS:
@@ -95,17 +94,17 @@ def run(
     intermediate_size: int,
     group_sizes: tuple[int, int],
 ) -> Tensor:
-    linear.require(x)
+    runtime.require(x)
     if x.shape[0] == 0:
         return torch.empty_like(x)
     pairs, E, H = routing.topk_ids.numel(), w13.qweight.shape[0], x.shape[1]
-    up, down = tuning.moe(pairs, E, H, intermediate_size, linear.arch_of(x.device))
+    up, down = tuning.moe(pairs, E, H, intermediate_size, runtime.arch_of(x.device))
     many, configs = None, tuning.hopper_moe(pairs, E)
     if configs is not None and hopper.can_experts(x, w13, w2, mlp, intermediate_size):
         sizes = ((H, group_sizes[0]), (intermediate_size, group_sizes[1]))
         w13_many, w2_many = (hopper.int4(c, w, *size) for c, w, size in zip(configs, (w13, w2), sizes, strict=True))
         many = w13_many, w2_many
-    with linear.on_device_of(x):
+    with runtime.on_device_of(x):
         return layer(
             x,
             routing,
@@ -169,7 +168,7 @@ def layer(
     if x_scale is not None:
         moe.quantise_kernel[(-(-T * H // 1024),)](x, x_scale, quantised.get(), T * H, BLOCK=1024, num_warps=4)
         x = quantised.get()
-    early = many is not None or tuning.early(linear.arch_of(device), H, I)
+    early = many is not None or tuning.early(runtime.arch_of(device), H, I)
     first = {"EARLY": early}
     after = first | ({"launch_pdl": True} if early else {})
     if not pairwise:
@@ -214,7 +213,7 @@ def _projection(
     _, down, across, _ = packed.qweight.shape
     return Projection(
         config,
-        (packed.qweight, linear.words(packed.scales), None if zeros is None else linear.words(zeros)),
+        (packed.qweight, weight.words(packed.scales), None if zeros is None else weight.words(zeros)),
         bias,
         (down * planes.ROWS, across, packed.scales.shape[1], 0 if zeros is None else zeros.shape[1]),
         _variant(config, packed, K, group_size, x),
@@ -231,8 +230,8 @@ def _variant(config: tuning.MoeConfig, packed: Packed, K: int, group_size: int, 
         "STAGES": config.STAGES,
         "num_warps": config.num_warps,
         # Two projections' rounded weights, and h, would be all that is owed in bfloat16, or with rounded zeros.
-        **linear.steps(
-            config, packed, group_size, x, rounding=x.dtype == torch.float16 and not linear.float_zeros(packed)
+        **weight.steps(
+            config, packed, group_size, x, rounding=x.dtype == torch.float16 and not weight.float_zeros(packed)
         ),
-        **linear.meaning(packed, K, group_size, x.device),
+        **weight.meaning(packed, K, group_size, x.device),
     }

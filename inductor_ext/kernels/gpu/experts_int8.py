@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
-from inductor_ext.kernels.gpu import linear, linear_int8, tuning
+from inductor_ext.kernels.gpu import linear_int8, runtime, tuning
 from inductor_ext.kernels.reference_moe import activate
 from inductor_ext.kernels.rows import rows
 from inductor_ext.ops.align import moe_align_block_size
@@ -15,9 +15,8 @@ from inductor_ext.ops.align import moe_align_block_size
 NAME = "triton_int8"
 CHECKS_WEIGHTS = False
 
-_FLOATS = (torch.float16, torch.bfloat16)
 
-usable = linear.usable
+usable = runtime.usable
 
 
 def reject(problem: MoeProblem) -> str | None:
@@ -25,7 +24,7 @@ def reject(problem: MoeProblem) -> str | None:
         return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
     if (reason := tuning.why_not_on(problem.arch)) is not None:
         return reason
-    if problem.dtype not in _FLOATS:
+    if problem.dtype not in runtime.FLOATS:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
     for weight, K in ((problem.w13, problem.H), (problem.w2, problem.I)):
         if (reason := linear_int8.why_not(K, weight.group_size, weight.zeros)) is not None:
@@ -56,7 +55,7 @@ def run(
     intermediate_size: int,
     group_sizes: tuple[int, int],
 ) -> Tensor:
-    linear.require(x)
+    runtime.require(x)
     E = w13.qweight.shape[0]
     ids, weights = rows(routing, E), routing.topk_weights.float().contiguous().view(-1)
     (T, k), H = ids.shape, x.shape[1]

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from inductor_ext.kernels import Layout, Packed, Problem, canonical
-from inductor_ext.kernels.gpu import linear, tuning
+from inductor_ext.kernels.gpu import runtime, tuning
 
 NAME = "triton_int8"
 
-_FLOATS = (torch.float16, torch.bfloat16)
 
-usable = linear.usable
+usable = runtime.usable
 
 
 def reject(problem: Problem) -> str | None:
@@ -22,7 +21,7 @@ def reject(problem: Problem) -> str | None:
         return f"The kernel runs on NVIDIA and AMD GPUs, not on {problem.device}."
     if (reason := tuning.why_not_on(problem.arch)) is not None:
         return reason
-    if problem.dtype not in _FLOATS:
+    if problem.dtype not in runtime.FLOATS:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
     return why_not(problem.K, problem.group_size, problem.zeros)
 
@@ -46,7 +45,7 @@ def layout(packed: Packed, N: int, K: int, group_size: int) -> Layout:
 
 
 def run(x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
-    linear.require(x)
+    runtime.require(x)
     if packed.order is not None:
         x = torch.zeros_like(x).index_copy_(1, packed.order.long(), x)
     out = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
@@ -84,7 +83,7 @@ def launch(
     slots, experts, per_row, weights, on_input = routed or (None, None, 1, None, False)
     down = -(-M // BM) if experts is None else experts.numel()
     BN = 64
-    with linear.on_device_of(x):
+    with runtime.on_device_of(x):
         int8_kernel[(-(-N // BN), down)](
             x, packed.qweight, packed.scales, packed.zeros, bias, slots, experts, weights, out,
             M, N, K, per_row,

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Mlp, MoeProblem, Packed, Routing
-from inductor_ext.kernels.gpu import fp4_planes, linear, tuning
+from inductor_ext.kernels.gpu import fp4_planes, runtime, tuning
 from inductor_ext.kernels.gpu.experts import Projection, layer
 from inductor_ext.kernels.gpu.hopper import launch as hopper
 
 NAME = "triton"
 CHECKS_WEIGHTS = False
 
-usable = linear.usable
+usable = runtime.usable
 pack, unpack, layout = fp4_planes.pack, fp4_planes.unpack, fp4_planes.layout
 
 
@@ -51,15 +51,15 @@ def run(
     intermediate_size: int,
     input_scales: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    linear.require(x)
+    runtime.require(x)
     if x.shape[0] == 0:
         return torch.empty_like(x)
     pairs, E, H = routing.topk_ids.numel(), w13.qweight.shape[0], x.shape[1]
-    up, down = tuning.mxfp4(pairs, E, linear.arch_of(x.device))
+    up, down = tuning.mxfp4(pairs, E, runtime.arch_of(x.device))
     many, configs = None, tuning.hopper_moe(pairs, E)
     if configs is not None and hopper.can_fp4(x, w13, w2, mlp, intermediate_size):
         many = hopper.fp4(configs[0], w13), hopper.fp4(configs[1], w2)
-    with linear.on_device_of(x):
+    with runtime.on_device_of(x):
         return layer(
             x,
             routing,
@@ -89,7 +89,7 @@ def projection(config: tuning.MoeConfig, packed: Packed, bias: Tensor | None, K:
         "WIDE": 2048 * config.num_warps >= config.BN * config.BM,  # else the results take most registers
         "WHOLE": K % fp4_planes.COLUMNS == 0,
         "STAGES": config.STAGES,
-        "PTX": linear.arch_of(packed.qweight.device).startswith("sm_"),
+        "PTX": runtime.arch_of(packed.qweight.device).startswith("sm_"),
         "num_warps": config.num_warps,
     }
     sizes = down * fp4_planes.ROWS, steps, scales.shape[1], 0

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from inductor_ext.formats import MXFP4_GROUP
 from inductor_ext.kernels import Mlp, MoeProblem, Packed, Routing, reference_mxfp4
-from inductor_ext.kernels.gpu import linear, mxfp4, tuning
+from inductor_ext.kernels.gpu import mxfp4, runtime, tuning
 from inductor_ext.kernels.gpu.experts import Projection, layer
 
 NAME = "dot_scaled"
 CHECKS_WEIGHTS = False
 
-usable = linear.usable
+usable = runtime.usable
 pack, unpack, layout = reference_mxfp4.pack, reference_mxfp4.unpack, reference_mxfp4.layout
 
 
@@ -45,15 +45,15 @@ def run(
     intermediate_size: int,
     input_scales: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    linear.require(x)
-    arch = linear.arch_of(x.device)
+    runtime.require(x)
+    arch = runtime.arch_of(x.device)
     if (reason := why_not_on(arch)) is not None:
         raise RuntimeError(reason)
     if x.shape[0] == 0:
         return torch.empty_like(x)
     pairs, E, H = routing.topk_ids.numel(), w13.qweight.shape[0], x.shape[1]
     up, down = tuning.mxfp4_scaled(pairs, E, arch)
-    with linear.on_device_of(x):
+    with runtime.on_device_of(x):
         return layer(
             x,
             routing,

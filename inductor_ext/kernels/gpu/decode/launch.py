@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from inductor_ext.kernels import Packed
-from inductor_ext.kernels.gpu import linear, tuning
+from inductor_ext.kernels.gpu import runtime, tuning, weight
 from inductor_ext.kernels.gpu.gluon import importable
 
 
@@ -15,7 +15,7 @@ def can(packed: Packed, x: Tensor) -> bool:
     one = x.shape[0] == 1 and x.shape[1] % 16 == 0 and packed.scales.element_size() == 2
     one = one and (packed.zeros is None or x.shape[1] <= 65536)
     aligned = x.data_ptr() % 16 == 0 and packed.qweight.data_ptr() % 16 == 0
-    nvidia = linear.arch_of(x.device).startswith("sm_")
+    nvidia = runtime.arch_of(x.device).startswith("sm_")
     return one and aligned and nvidia and importable("inductor_ext.kernels.gpu.decode.dense")
 
 
@@ -26,13 +26,13 @@ def dense(x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: 
 
     K, N = x.shape[1], out.shape[1]
     down, across, _ = packed.qweight.shape
-    config = tuning.decode(4 * down, across, linear.processors(x.device))
-    meaning = linear.meaning(packed, K, group_size, x.device)
+    config = tuning.decode(4 * down, across, runtime.processors(x.device))
+    meaning = weight.meaning(packed, K, group_size, x.device)
     linear_kernel[(config.PROGRAMS,)](
         x,
         packed.qweight,
-        linear.words(packed.scales),
-        None if packed.zeros is None else linear.words(packed.zeros),
+        weight.words(packed.scales),
+        None if packed.zeros is None else weight.words(packed.zeros),
         bias,
         out,
         N,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.kernels import Mlp, Packed
-from inductor_ext.kernels.gpu import linear
+from inductor_ext.kernels.gpu import runtime, weight
 from inductor_ext.kernels.gpu.gluon import importable
 from inductor_ext.kernels.gpu.tuning import Hopper
 
@@ -20,7 +20,7 @@ def installed() -> bool:
 def can(packed: Packed, x: Tensor) -> bool:
     """Whether the kernels multiply x with this weight: each of its elements is rounded once to x's dtype, if scales
     have that, and zeros that are no integers."""
-    there = linear.arch_of(x.device) == "sm_90" and packed.scales.dtype == x.dtype and installed()
+    there = runtime.arch_of(x.device) == "sm_90" and packed.scales.dtype == x.dtype and installed()
     return there and (packed.zeros is None or packed.zeros.dtype in (torch.int16, x.dtype))
 
 
@@ -57,7 +57,7 @@ def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_
 
 
 def _variant(config: Hopper, packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
-    meaning = linear.meaning(packed, K, group_size, device)
+    meaning = weight.meaning(packed, K, group_size, device)
     return {
         "CODES": "int4",
         "BM": config.BM,
@@ -82,7 +82,7 @@ def _stages(config: Hopper, numbers: int, G: int) -> int:
 
 def _programs(tiles: int, device: torch.device) -> int:
     """As many as there is room for at once, or tiles."""
-    return min(tiles, linear.processors(device))
+    return min(tiles, runtime.processors(device))
 
 
 def _weight(packed: Packed, G: int) -> tuple[Any, Any, Any]:
@@ -90,8 +90,8 @@ def _weight(packed: Packed, G: int) -> tuple[Any, Any, Any]:
     from inductor_ext.kernels.gpu.hopper.loop import pairs
 
     height = pairs("int4", G)
-    zeros = None if packed.zeros is None else _pairs(linear.words(packed.zeros).squeeze(-1), height)
-    return _codes(packed), _pairs(linear.words(packed.scales).squeeze(-1), height), zeros
+    zeros = None if packed.zeros is None else _pairs(weight.words(packed.zeros).squeeze(-1), height)
+    return _codes(packed), _pairs(weight.words(packed.scales).squeeze(-1), height), zeros
 
 
 def _codes(packed: Packed) -> Any:
@@ -123,7 +123,7 @@ def can_experts(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  
     """Whether the kernels compute these experts."""
     # Weights of both projections are rounded, act(h) and with many tokens y: in bfloat16 that is what may be owed, and
     # the rest of zeros that are no integers would make it more.
-    exact = not linear.float_zeros(w13) and not linear.float_zeros(w2)
+    exact = not weight.float_zeros(w13) and not weight.float_zeros(w2)
     return _placed(mlp, I) and exact and can(w13, x) and can(w2, x)
 
 
@@ -181,7 +181,7 @@ def can_fp4(x: Tensor, w13: Packed, w2: Packed, mlp: Mlp, I: int) -> bool:  # no
     engine reads rows of multiples of 16 bytes."""
     rows = x.shape[1] % 8 == 0 and I % 8 == 0
     exact = x.dtype == torch.bfloat16 and w13.scales.dtype == w2.scales.dtype == torch.uint8
-    return rows and exact and linear.arch_of(x.device) == "sm_90" and _placed(mlp, I) and installed()
+    return rows and exact and runtime.arch_of(x.device) == "sm_90" and _placed(mlp, I) and installed()
 
 
 def up(
