@@ -10,17 +10,17 @@ from inductor_ext._version import __version__
 
 if TYPE_CHECKING:
     from inductor_ext.convert import convert_
+    from inductor_ext.explained import explain, explain_for
     from inductor_ext.loader import from_pretrained
     from inductor_ext.prepack import prepack_
-    from inductor_ext.report import explain, explain_for
     from inductor_ext.weights import invalidate
 
 __all__ = ["__version__", "convert_", "explain", "explain_for", "from_pretrained", "invalidate", "prepack_"]
 
 _HOME = {
     "convert_": "inductor_ext.convert",
-    "explain": "inductor_ext.report",
-    "explain_for": "inductor_ext.report",
+    "explain": "inductor_ext.explained",
+    "explain_for": "inductor_ext.explained",
     "from_pretrained": "inductor_ext.loader",
     "invalidate": "inductor_ext.weights",
     "prepack_": "inductor_ext.prepack",

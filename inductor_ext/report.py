@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +57,3 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     line = "  ".join("-" * w for w in widths)
     body = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]
     return "\n".join((body[0], line, *body[1:]))
-
-
-def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """What ``torch.compile(model, backend="w4a16")`` would rewrite when called with these inputs. Nothing is compiled
-    by Inductor.
-
-    ``model`` may also be a plain function. The model is run once, eagerly, graph by graph, so it may have side effects
-    (a cache filled).
-    """
-    from inductor_ext.backend import explaining
-
-    return explaining(model, args, kwargs)
-
-
-def explain_for(device: str, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """As ``explain``, with the kernels that would be chosen on a device that need not be here: "gfx1151", "mi300x",
-    "sm_90", ... (``inductor_ext.devices.KNOWN``). What is installed here does not count.
-
-    Raises ValueError for an unknown device.
-    """
-    from inductor_ext import devices
-    from inductor_ext.backend import explaining
-
-    return explaining(model, args, kwargs, devices.named(device))
