@@ -74,9 +74,19 @@ def test_bfloat16_with_zeros(compiled: Any, target: str, M: int, G: int) -> None
     check(compiled(target, M, torch.bfloat16, G, zeros=True), target, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("M", "G"), [(16, 128), (32, 64), (64, 32), (256, 128)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    ("target", "dtype", "M", "G"),
+    [
+        ("sm_80", torch.float16, 16, 128),
+        ("sm_80", torch.bfloat16, 64, 32),
+        ("sm_90", torch.bfloat16, 16, 128),
+        ("sm_90", torch.float16, 32, 64),
+        ("sm_90", torch.float16, 64, 32),
+        ("sm_100", torch.float16, 32, 128),
+        ("sm_100", torch.bfloat16, 256, 128),
+    ],
+    ids=str,
+)
 def test_float_zeros_come_off_without_another_matmul(
     compiled: Any, target: str, dtype: torch.dtype, M: int, G: int
 ) -> None:
