@@ -1,5 +1,5 @@
 """One thread for every test: the tensors are small, and on a busy machine threads wait for each other longer than they
-work. And a fifth of the time to compile is spared, which is spent on what no test looks at."""
+work. And 15 % of the time of tests that compile is spared, which went to what no test looks at."""
 
 import gc
 import logging
