@@ -21,6 +21,16 @@ logging.getLogger("torch.__trace").propagate = True
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
+@pytest.fixture(scope="module")
+def only_new_garbage() -> Iterator[None]:
+    """What other tests left, millions of objects, is not looked through for garbage in this module's."""
+    torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def without_codegen() -> Iterator[None]:
     """Inductor with all its passes, but no C++ generated: each node runs as it is. A whole model's code takes a minute

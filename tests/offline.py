@@ -107,6 +107,14 @@ def compile(
     return Facts(frozenset(_MATRIX.findall(text)), spills, built.metadata.shared, tuple(_loads(text)), text)
 
 
+def serialized(facts: Facts) -> bool:
+    """Whether ptxas lets a wgmma start only when the one before it has ended, which it says (C7510 to C7519)."""
+    ptxas = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-", "-o", "/dev/null"]
+    said = subprocess.run(ptxas, input=facts.assembly, capture_output=True, text=True, check=True).stderr
+    assert "registers" in said, said
+    return "serialized" in said
+
+
 _DOTS = {
     "gfx942": r"v_mfma_f32_\w+_{}",
     "gfx950": r"v_mfma_f32_\w+_{}",
@@ -159,7 +167,6 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
-    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",

@@ -20,14 +20,7 @@ import inductor_ext
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_older_is_garbage() -> Iterator[None]:
-    """`alive` collects often, and other tests leave millions of objects, which need not be looked through."""
-    torch.compiler.reset()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("only_new_garbage")  # `alive` collects often
 
 
 @pytest.fixture(autouse=True)

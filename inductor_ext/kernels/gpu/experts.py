@@ -15,7 +15,6 @@ from inductor_ext.kernels.gpu.hopper import launch as hopper
 NAME = "triton"
 CHECKS_WEIGHTS = False
 
-
 usable = runtime.usable
 
 

@@ -15,7 +15,6 @@ from inductor_ext.ops.align import moe_align_block_size
 NAME = "triton_int8"
 CHECKS_WEIGHTS = False
 
-
 usable = runtime.usable
 
 

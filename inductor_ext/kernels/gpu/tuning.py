@@ -122,8 +122,7 @@ def hopper(M: int, N: int, K: int, processors: int, plain: bool) -> Hopper | Non
         tiles = -(-N // BN) * -(-M // BM)
         for splits in (1, 2, 3, 4):
             share = -(-steps // splits)
-            fits = min(M, 64) <= BM < max(2 * M, 65) and (splits - 1) * share < steps
-            if not fits:
+            if not min(M, 64) <= BM < max(2 * M, 65):
                 continue
             rounds = -(-tiles * splits // processors)
             parts = 3.4 + splits * BN * BM / 19e3 if splits > 1 else 0

@@ -211,13 +211,12 @@ def _rows(
     dtype: gl.constexpr = xs.dtype
     if CODES == "fp4":
         q = scaled_planes(words, scales[0])
-    elif ZEROS == "none":
-        a, b, c, d = four_planes(words, dtype, True)
-        s = _numbers(scales, tile, half, dtype, G)
-        q = a * s[0], b * s[1], c * s[2], d * s[3]
-    elif ZEROS == "int16":
-        z = _numbers(_words(zs, at, own, CODES, G), tile, half, "int16", G)
-        a, b, c, d = four_planes_less(words, z[0], z[1], z[2], z[3], dtype, True)
+    elif ZEROS == "none" or ZEROS == "int16":
+        if ZEROS == "none":
+            a, b, c, d = four_planes(words, dtype, True)
+        else:
+            z = _numbers(_words(zs, at, own, CODES, G), tile, half, "int16", G)
+            a, b, c, d = four_planes_less(words, z[0], z[1], z[2], z[3], dtype, True)
         s = _numbers(scales, tile, half, dtype, G)
         q = a * s[0], b * s[1], c * s[2], d * s[3]
     else:
