@@ -9,7 +9,7 @@ import pytest
 import torch
 from mxfp4_problems import SIZES, Mxfp4Experts, exact
 
-from inductor_ext.kernels.gpu import mxfp4, mxfp4_scaled
+from inductor_ext.kernels.gpu import mxfp4, mxfp4_scaled, runtime
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA or ROCm device, and this machine has none"
@@ -58,7 +58,7 @@ def test_every_number_of_tokens(dtype: torch.dtype, T: int, scales: tuple[float,
 @pytest.mark.parametrize("T", [1, 16, 256])
 def test_dot_scaled_computes_the_same(T: int, scales: tuple[float, float] | None) -> None:
     """On the weights as they are stored."""
-    if mxfp4_scaled.why_not_on(mxfp4_scaled.linear.arch_of(torch.device("cuda", 0))) is not None:
+    if mxfp4_scaled.why_not_on(runtime.arch_of(torch.device("cuda", 0))) is not None:
         pytest.skip("dot_scaled does not run on this device")
     ours, scaled = (made(8, 360, 200, input_scales=scales) for _ in range(2))
     scaled.kernel = "dot_scaled"
