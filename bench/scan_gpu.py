@@ -62,7 +62,7 @@ def neighbours(config: Config, M: int, K: int) -> list[Config]:
     shares = {config.SPLITS + step for step in (-1, 0, 1)} | {2 * config.SPLITS, config.SPLITS // 2}
     others: list[dict[str, Any]] = [{}] + [{"STAGES": config.STAGES + step} for step in (-1, 1)]
     if isinstance(config, tuning.Hopper):
-        others += [{"BN": 384 - config.BN}, {"BM": config.BM // 2}, {"BM": 2 * config.BM}]
+        others += [{"BN": 128}, {"BN": 192}, {"BN": 256}, {"BM": config.BM // 2}, {"BM": 2 * config.BM}]
     else:
         others += [{"WIDTH": 96 - config.WIDTH}, {"ROUNDED": not config.ROUNDED}]
         for times in (0.5, 2):

@@ -113,6 +113,22 @@ def test_forty_rows_of_long_ones(dtype: torch.dtype, zeros: str, G: int) -> None
     assert rel_l2(y, expected(x, w)) <= OWED[dtype]
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("BM", [32, 64, 128])
+@pytest.mark.parametrize("BN", [128, 192, 256])
+def test_blocks_of_every_size_on_a_hopper(BN: int, BM: int, splits: int) -> None:
+    N, K, M = 520, 1152, 150
+    for dtype, zeros, G in itertools.product(DTYPES, ZEROS, (32, 128)):
+        w, x = weight(N, K, G, zeros, dtype), activations(M, K, dtype)
+        packed, bias = linear.pack(w), torch.randn(N, device="cuda", dtype=dtype)
+        if not hopper.can(packed, x):
+            pytest.skip("the kernel runs on a Hopper with a recent Triton")
+        poison()
+        out = torch.empty(M, N, dtype=dtype, device="cuda")
+        hopper.dense(tuning.Hopper(BN, BM, splits, 4), x, packed, bias, G, out)
+        assert rel_l2(out, expected(x, w, bias)) <= OWED[dtype], (dtype, zeros, G)
+
+
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_of_the_activations(dtype: torch.dtype, order: bool) -> None:

@@ -4,6 +4,8 @@ test_gpu_moe.py)."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from mxfp4_problems import GPT_OSS
@@ -26,12 +28,12 @@ def on_a_hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def check(facts: Facts) -> None:
+def check(facts: Facts, groups: int = 2, stack: int = 0) -> None:
     assert facts.matrix and all("wgmma" in instruction for instruction in facts.matrix)
-    assert facts.spills == 0
+    assert facts.spills <= stack
     assert 0 < facts.shared <= TARGETS["sm_90"].shared
     # Each group waits for the unit once a step, with all of the step under way.
-    assert facts.assembly.count("wgmma.wait_group") == 2
+    assert facts.assembly.count("wgmma.wait_group") == groups
     assert not serialized(facts)
 
 
@@ -46,6 +48,9 @@ def check(facts: Facts) -> None:
         (256, 128, 1, torch.bfloat16, 32, True),  # with fewer stages
         (256, 64, 2, torch.bfloat16, 32, "float"),
         (128, 128, 1, torch.float16, 128, "float"),
+        (192, 64, 4, torch.float16, 128, False),
+        (192, 128, 1, torch.bfloat16, 128, True),
+        (192, 128, 1, torch.float16, 32, "float"),
     ],
 )
 def test_linears(
@@ -61,7 +66,12 @@ def test_linears(
     on_a_hopper.setattr(dense, "linear_kernel", kernel)
     x, out = (torch.empty(300, columns, dtype=dtype, device="meta") for columns in (K, N))
     launch.dense(Hopper(BN, BM, splits, 4), x, packed(G, zeros, dtype), None, G, out)
-    check(kernel.compile("sm_90"))
+    facts = kernel.compile("sm_90")
+    if BN == 192:
+        # ptxas keeps a few sizes on the stack from where a program begins to where a group does.
+        check(facts, groups=3, stack=24 if splits > 1 else 0)
+    else:
+        check(facts)
 
 
 def experts_of(E: int, N: int, K: int, dtype: torch.dtype) -> Packed:
@@ -169,6 +179,24 @@ def test_every_program_has_a_part_of_the_work(rows: int, N: int, K: int) -> None
         if config is not None:
             across = -(-K // 256)
             assert (config.SPLITS - 1) * -(-across // config.SPLITS) < across
+
+
+@pytest.mark.parametrize(
+    ("rows", "N", "K", "tiles"),
+    [
+        (64, 18944, 3584, (192, 64)),  # 99 tiles for 132 processors; of 256 rows there would be 74, of 128 two rounds
+        (512, 6144, 4096, (192, 128)),
+        (256, 10240, 8192, (192, 128)),
+        (64, 28672, 4096, (256, 64)),
+        (256, 8192, 8192, (128, 128)),
+    ],
+)
+def test_tiles_are_of_the_size_that_leaves_few_processors_idle(
+    rows: int, N: int, K: int, tiles: tuple[int, int]
+) -> None:
+    config = tuning.hopper(rows, N, K, 132, True)
+    assert config is not None
+    assert dataclasses.astuple(config)[:3] == (*tiles, 1)
 
 
 def test_splits_that_leave_a_program_without_work_are_refused(on_a_hopper: pytest.MonkeyPatch) -> None:

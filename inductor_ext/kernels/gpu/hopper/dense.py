@@ -10,11 +10,13 @@ from triton.experimental.gluon import language as gl
 
 from inductor_ext.kernels.gpu.hopper.loop import (
     REGISTERS,
+    REGISTERS_OF_THREE,
     accumulate,
     add_bias,
     fetch,
     halves,
     make_stages,
+    own,
     store_rows,
     stored,
     wait_for_group,
@@ -39,7 +41,7 @@ def linear_kernel(
     ACROSS,  # tiles of a row
     CODES: gl.constexpr,  # "int4" or "fp4"
     SPLITS: gl.constexpr,
-    BN: gl.constexpr,  # 128 or 256
+    BN: gl.constexpr,  # 128, 192 or 256
     BM: gl.constexpr,
     G: gl.constexpr,
     ZEROS: gl.constexpr,
@@ -49,15 +51,27 @@ def linear_kernel(
     stages = make_stages(x, w, scales, zeros, TALL, STAGES)
     work = (gl.cdiv(N, BN), gl.cdiv(M, BM), ACROSS)
     result = (bias, out, parts, arrived, M, N)
-    gl.warp_specialize(
-        [
-            (_multiply, (0, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-            (_multiply, (1, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, ((x, w, scales, zeros), stages, work, CODES, SPLITS, TALL, BM, G, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
+    if TALL == 3:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_multiply, (1, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_multiply, (2, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_fetch, ((x, w, scales, zeros), stages, work, CODES, SPLITS, TALL, BM, G, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS_OF_THREE, REGISTERS_OF_THREE, 32],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_multiply, (1, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_fetch, ((x, w, scales, zeros), stages, work, CODES, SPLITS, TALL, BM, G, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
 
 
 @gluon.jit
@@ -84,7 +98,7 @@ def _fetch(
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
         _, _, place = _place(t, work, CODES, SPLITS, TALL, BM)
-        fetch(given, stages, place, begun, CODES, G, TALL // 2, TALL, STAGES)
+        fetch(given, stages, place, begun, CODES, G, own(TALL), TALL, STAGES)
         begun += place[6]
 
 
@@ -94,7 +108,7 @@ def _multiply(
     BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
-    PER: gl.constexpr = TALL // 2
+    PER: gl.constexpr = own(TALL)
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
         tile, part, place = _place(t, work, CODES, SPLITS, TALL, BM)

@@ -1,10 +1,11 @@
 """The loop for many rows of x on a Hopper: weights are unpacked beside the matrix unit's work, not before it.
 
 In one program of Triton's all warps unpack, multiply and wait together. Here, in Gluon, one warp does nothing but fetch
-(it waits for a stage to be free and has the copy engine fill it with x, codes, scales and zeros), and two groups of
-four warps take from the stages at their own pace: while one unpacks the matrix unit works for the other. A group has 64
-rows of W or twice 64, whose weights go from registers to the unit (see ``mainloop``), each rounded once to x's dtype.
-Scales are of the stages too, though a thread needs few: loaded by the groups, a step ahead, they came too late.
+(it waits for a stage to be free and has the copy engine fill it with x, codes, scales and zeros), and two or three
+groups of four warps take from the stages at their own pace: while one unpacks the matrix unit works for another. A
+group has 64 rows of W or twice 64, whose weights go from registers to the unit (see ``mainloop``), each rounded once to
+x's dtype. Scales are of the stages too, though a thread needs few: loaded by the groups, a step ahead, they came too
+late.
 
 A program computes one tile of the result after the other: the next one's stages fill up while results are stored. A
 step is four planes of 32 columns, and the four runs of x that go with them: of int4 codes half the words of a tile of
@@ -23,6 +24,8 @@ from inductor_ext.kernels.gpu.fp4 import scaled_planes
 
 REGISTERS: gl.constexpr = gl.constexpr(240)
 """Of a thread that multiplies. One that fetches has 24, and together a processor's are used up."""
+REGISTERS_OF_THREE: gl.constexpr = gl.constexpr(160)
+"""The same, if there are three groups."""
 wait_for_group = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 
@@ -42,6 +45,12 @@ def operand(BM):
 def halves(CODES):
     """Steps of a tile of codes."""
     return 2 if CODES == "int4" else 1
+
+
+@triton.constexpr_function
+def own(TALL):
+    """How many times 64 rows a group has, of a tile of TALL times 64: two groups two or one each, three groups one."""
+    return 2 if TALL == 4 else 1
 
 
 @triton.constexpr_function
@@ -73,7 +82,7 @@ def make_stages(x, w, scales, zeros, TALL: gl.constexpr, STAGES: gl.constexpr):
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
+        mbarrier.init(free.index(stage), count=TALL // own(TALL))
     return xs, ws, ss, zs, full, free
 
 
@@ -86,8 +95,8 @@ def fetch(
 
     ``place``: the first 64 rows of codes, counted from ``base``, where its expert's begin; how many times 64 rows a
     group's second ones are after its first; the first row of x; how many tiles a row of codes has; the first of those,
-    and how many steps; and where the expert's scales and zeros begin. The second group's rows are NEXT times 64 after
-    the first's. ``begun``: steps that this program has behind it.
+    and how many steps; and where the expert's scales and zeros begin. A group's rows are NEXT times 64 after those of
+    the group before. ``begun``: steps that this program has behind it.
     """
     x, w, scales, zeros = given
     xs, ws, ss, zs, full, free = stages
@@ -106,7 +115,7 @@ def fetch(
             mbarrier.expect(filled, bytes + TALL * zeros.block_type.nbytes)
         pair = _pair(tile, CODES, G)
         for r in gl.static_range(TALL):
-            row = row0 + r // (TALL // 2) * NEXT + r % (TALL // 2) * APART
+            row = row0 + r // own(TALL) * NEXT + r % own(TALL) * APART
             line = (((base + row) * ACROSS + tile) * PARTS + half) * 64
             tma.async_copy_global_to_shared(w, [line, 0], filled, ws.index(stage * TALL + r))
             tma.async_copy_global_to_shared(scales, [scales0 + pair, row * 64], filled, ss.index(stage * TALL + r))
@@ -142,7 +151,7 @@ def accumulate(
     """What a multiplying group does for a tile: the sums [64, BM] of its rows, and of its second rows if TALL is 4."""
     full, free = stages[4], stages[5]
     first, steps = place[5], place[6]
-    PER: gl.constexpr = TALL // 2
+    PER: gl.constexpr = own(TALL)
     PARTS: gl.constexpr = halves(CODES)
     acc, acc2 = gl.zeros([64, BM], gl.float32, sums(BM)), gl.zeros([64, BM], gl.float32, sums(BM))
     for i in range(steps):
@@ -206,8 +215,8 @@ def _rows(
     xs, ws, ss, zs, _, _ = stages
     at = stage * TALL + r
     words = ws.index(at).load(operand(BM))
-    own: gl.constexpr = gl.SliceLayout(1, operand(BM))
-    scales = _words(ss, at, own, CODES, G)
+    rows: gl.constexpr = gl.SliceLayout(1, operand(BM))
+    scales = _words(ss, at, rows, CODES, G)
     dtype: gl.constexpr = xs.dtype
     if CODES == "fp4":
         q = scaled_planes(words, scales[0])
@@ -215,12 +224,12 @@ def _rows(
         if ZEROS == "none":
             a, b, c, d = four_planes(words, dtype, True)
         else:
-            z = _numbers(_words(zs, at, own, CODES, G), tile, half, "int16", G)
+            z = _numbers(_words(zs, at, rows, CODES, G), tile, half, "int16", G)
             a, b, c, d = four_planes_less(words, z[0], z[1], z[2], z[3], dtype, True)
         s = _numbers(scales, tile, half, dtype, G)
         q = a * s[0], b * s[1], c * s[2], d * s[3]
     else:
-        q = _less_float_zeros(words, scales, _words(zs, at, own, CODES, G), tile, half, dtype, G)
+        q = _less_float_zeros(words, scales, _words(zs, at, rows, CODES, G), tile, half, dtype, G)
     for p in gl.static_range(4):
         x = xs.index(stage * 4 + p).permute((1, 0))
         acc = warpgroup_mma(q[p], x, acc, is_async=True)

@@ -20,6 +20,7 @@ from inductor_ext.kernels.gpu.hopper.loop import (
     fetch,
     halves,
     make_stages,
+    own,
     store_rows,
     stored,
     sums,
@@ -197,7 +198,7 @@ def down_kernel(
         [
             (_down, (0, stages, work, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
             (_down, (1, stages, work, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, ((h, w, scales, zeros), stages, work, CODES, TALL, TALL // 2, TALL, BM, G, STAGES)),
+            (_fetch, ((h, w, scales, zeros), stages, work, CODES, TALL, own(TALL), TALL, BM, G, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -210,7 +211,7 @@ def _down(
     BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     across, blocks = work[0], work[1]
-    PER: gl.constexpr = TALL // 2
+    PER: gl.constexpr = own(TALL)
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
         block, expert, tile, place = _place(t, work, CODES, TALL, BM)
