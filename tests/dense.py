@@ -24,15 +24,15 @@ def weight(
     seed: int = 0,
     device: str = DEVICE,
 ) -> PackedInt4:
-    """A random weight; zeros as in ZEROS."""
+    """A random weight; zeros as in ZEROS, or "float32" whatever the scales are."""
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(-(2**31), 2**31, (N, K // 8), generator=random).int()
     scales = ((torch.rand(N, K // G, generator=random) + 0.5) / K**0.5).to(scale_dtype)
     stored = None
     if zeros == "int":
         stored = torch.randint(17, (N, K // G), generator=random, dtype=torch.uint8)
-    elif zeros == "float":
-        stored = (torch.rand(N, K // G, generator=random) * 16).to(scale_dtype)
+    elif zeros != "none":
+        stored = (torch.rand(N, K // G, generator=random) * 16).to(scale_dtype if zeros == "float" else torch.float32)
     shuffled = torch.randperm(K, generator=random).int() if order else None
     return PackedInt4(*(None if t is None else t.to(device) for t in (codes, scales, stored, shuffled)))
 

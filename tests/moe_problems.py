@@ -95,14 +95,16 @@ class Experts:
         zero: Tensor | None = None
         if self.zeros == "int":
             zero = torch.randint(17, (N, K // G), generator=self.random).to(torch.uint8)
-        elif self.zeros == "float":
-            zero = (torch.rand(N, K // G, generator=self.random) * 15).to(scale_dtype)
+        elif self.zeros != "none":
+            zero_dtype = scale_dtype if self.zeros == "float" else torch.float32
+            zero = (torch.rand(N, K // G, generator=self.random) * 15).to(zero_dtype)
         groups = torch.arange(K) // G
         z64 = torch.full((N, K), 8.0).double() if zero is None else zero.double()[:, groups]
         return PackedInt4(pack(codes, 1), scales, zero), (codes - z64) * scales.double()[:, groups]
 
     def problem(self) -> MoeProblem:
-        w13, w2 = (WeightKind(self.scale_dtype or self.dtype, G, self.zeros) for G in self.G)
+        zeros = "float" if self.zeros == "float32" else self.zeros
+        w13, w2 = (WeightKind(self.scale_dtype or self.dtype, G, zeros) for G in self.G)
         sizes = {"E": self.E, "top_k": 2, "H": self.H, "I": self.I}
         device = "cpu" if self.kernel in table.priority("moe", "cpu") else "cuda"  # which the CPU may stand in for
         arch = "gfx1100" if self.kernel in ("hip", "rdna3_wmma") else ""

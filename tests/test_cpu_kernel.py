@@ -53,8 +53,8 @@ def make(N: int, K: int, G: int, zeros: str = "none", dtype: torch.dtype = torch
     z: Tensor | None = None
     if zeros == "int":
         z = torch.randint(0, 17, (N, K // G), dtype=torch.uint8)
-    elif zeros == "float":
-        z = (torch.rand(N, K // G) * 15).to(dtype)
+    elif zeros != "none":
+        z = (torch.rand(N, K // G) * 15).to(dtype if zeros == "float" else torch.float32)
     z64 = torch.full((N, K // G), 8.0).double() if z is None else z.double()
     value = (codes.double().view(N, K // G, G) - z64.unsqueeze(-1)) * scales.double().unsqueeze(-1)
     return Packed(pack_words(codes), scales, z, None), value.view(N, K)
@@ -86,6 +86,17 @@ def test_close_to_float64(isa: str, dtype: torch.dtype, zeros: str) -> None:
                     else 1.0
                 )
                 assert error(y, reference) <= BOUNDS[dtype] * scale, (G, K, N, M)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_another_dtype_than_scales(isa: str, dtype: torch.dtype) -> None:
+    """As are those that a graph computes: 7.5, or an added shift."""
+    torch.manual_seed(0)
+    for G, K in ((8, 72), (64, 640), (128, 1152)):
+        packed, weight = make(72, K, G, "float32", dtype)
+        for M in (1, 6, 40):
+            x = torch.randn(M, K).to(dtype)
+            assert error(run(x, packed, None, G), x.double() @ weight.T) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("G", [24, 40, 96, 192])

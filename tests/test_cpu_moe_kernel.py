@@ -46,8 +46,8 @@ def weight(E: int, N: int, K: int, G: int, zeros: str, dtype: torch.dtype) -> tu
     z: Tensor | None = None
     if zeros == "int":
         z = torch.randint(0, 17, (E, N, K // G), dtype=torch.uint8)
-    elif zeros == "float":
-        z = (torch.rand(E, N, K // G) * 15).to(dtype)
+    elif zeros != "none":
+        z = (torch.rand(E, N, K // G) * 15).to(dtype if zeros == "float" else torch.float32)
     z32 = torch.full((E, N, K // G), 8.0) if z is None else z.float()
     value = (codes.float().view(E, N, K // G, G) - z32.unsqueeze(-1)) * scales.float().unsqueeze(-1)
     return Packed(words, scales, z, None), value.view(E, N, K)
@@ -159,6 +159,15 @@ def test_close_to_float32(isa: str, dtype: torch.dtype, zeros: str) -> None:
             assert y.dtype == dtype
             assert y.shape == (T, H)
             assert error(y, experts.reference(x, weights, ids)) <= BOUNDS[dtype], (E, H, I, groups, T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_another_dtype_than_scales(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    experts = layer(6, 256, 192, (128, 64), "float32", dtype)
+    for T in (1, 7, 64):
+        x, (weights, ids) = torch.randn(T, 256).to(dtype), routed(T, 6, 3)
+        assert error(experts.run(x, weights, ids), experts.reference(x, weights, ids)) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("gate_up", GATE_UP)

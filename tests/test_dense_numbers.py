@@ -206,6 +206,15 @@ def test_scales_and_zeros_of_another_dtype(zeros: str, scale_dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["wide", "wide half", "short", "rounded"])
+@pytest.mark.parametrize("G", [32, 64, 128, 0])
+def test_zeros_of_another_dtype_than_scales(G: int, variant: str, dtype: torch.dtype) -> None:
+    """As are those that a graph computes: 7.5, or an added shift."""
+    K = SIZES[G]
+    assert launched(VARIANTS[variant], 5, 70, K, G or K, "float32", dtype, dtype) <= OWED[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_scales_too_small_for_the_activations_dtype(scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """They are not rounded to it, whatever the variant says: float16 would lose them."""
@@ -228,7 +237,7 @@ def test_many_tiles_along_n_are_taken_in_bands() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("zeros", [*ZEROS, "float32"])
 @pytest.mark.parametrize("G", SIZES)
 def test_dequantised_once(G: int, zeros: str, dtype: torch.dtype) -> None:
     """Each element within one rounding of float32's result."""

@@ -80,7 +80,7 @@ def captured(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 17, 33, 64, 129, 257, 1000])
-@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("zeros", [*ZEROS, "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_rows(dtype: torch.dtype, zeros: str, M: int) -> None:
     shapes = [(200, 1152, G) for G in (32, 64, 128, 384, 1152)] + [(768, 1024, 128)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_scales_weights_ids_and_biases_may_have_a_dtype_of_their_own(
     scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     """Zeros too: integers lie in pairs of groups, whatever the scales do."""
-    for zeros, T in (("float", 3), ("float", 12), ("int", 3), ("int", 12)):
+    for zeros, T in itertools.product(("float", "float32", "int"), (3, 12)):
         experts = made(H=256, G=(64, 32), dtype=dtype, scale_dtype=scale_dtype, zeros=zeros, bias=True)
         experts.tensors["w2_bias"] = experts.tensors["w2_bias"].float()
         x, weights, ids = experts.routed(T)

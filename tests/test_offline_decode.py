@@ -77,6 +77,18 @@ def test_what_they_take(
     assert launch.can(packed(128, False, dtype), x) is taken
 
 
+@pytest.mark.parametrize(
+    ("zeros", "taken"),
+    [(torch.uint8, True), (torch.float16, True), (torch.bfloat16, True), (torch.float32, False)],
+)
+def test_zeros_come_in_pairs_too(on: pytest.MonkeyPatch, zeros: torch.dtype, taken: bool) -> None:
+    """Those that a graph computes are float32, whatever the scales are."""
+    on.setattr(runtime, "arch_of", lambda device: "sm_90")
+    codes, scales = torch.zeros(64, 32, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.float16)
+    weight = linear.pack(PackedInt4(codes, scales, scales.to(zeros)))
+    assert launch.can(weight, torch.empty(1, 256, dtype=torch.float16)) is taken
+
+
 def test_sums_of_a_very_long_row_are_left_to_the_other_kernel(on: pytest.MonkeyPatch) -> None:
     """They would not all fit into shared memory."""
     on.setattr(runtime, "arch_of", lambda device: "sm_90")

@@ -227,5 +227,6 @@ def low_half(word, KIND: tl.constexpr):
     elif KIND == "fp16":
         value = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
+        tl.static_assert(KIND == "int16")
         value = word & 0xFFFF
     return value

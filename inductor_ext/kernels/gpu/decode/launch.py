@@ -11,9 +11,9 @@ from inductor_ext.kernels.gpu.gluon import importable
 
 def can(packed: Packed, x: Tensor) -> bool:
     """Whether the kernels multiply x with this weight: one row, of which, as of the codes, 16 bytes are copied at a
-    time. Zeros need sums of all of x, for which there is so much shared memory."""
+    time; scales and zeros in pairs. Zeros need sums of all of x, for which there is so much shared memory."""
     one = x.shape[0] == 1 and x.shape[1] % 16 == 0 and packed.scales.element_size() == 2
-    one = one and (packed.zeros is None or x.shape[1] <= 65536)
+    one = one and (packed.zeros is None or (packed.zeros.element_size() == 2 and x.shape[1] <= 65536))
     aligned = x.data_ptr() % 16 == 0 and packed.qweight.data_ptr() % 16 == 0
     nvidia = runtime.arch_of(x.device).startswith("sm_")
     return one and aligned and nvidia and importable("inductor_ext.kernels.gpu.decode.dense")
