@@ -7,8 +7,8 @@
 The ways: "ours" is w4a16::linear with the kernel that is chosen on this device, or with --kernel; "cublas" is F.linear
 on a weight that was dequantised before (hipBLASLt on AMD); "inductor" is torch.compile(backend="inductor") of a
 function that dequantises and multiplies; "int4pack" is aten's _weight_int4pack_mm (CUDA, bfloat16); "gemlite" is that
-package, if it is installed. Before a way is timed its result is compared with float32's; one that is off by more than
-1 % is left out, with a note.
+package, if it is installed. Before a way is timed its result is compared with float32's, for each number of rows; one
+that is off by more than 1 % is left out, with a note.
 
 A time is that of a CUDA graph of calls, so that launching from Python does not count, divided by the calls. They walk
 over copies of the weight that together do not fit into the cache, as the layers of a model do; x and the result do stay
@@ -20,6 +20,7 @@ packed weight and x and to write the result, at the rate at which this device co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -124,21 +125,32 @@ WAYS: dict[str, Callable[[PackedInt4], Call]] = {
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def ready(name: str, kernel: str | None, weights: list[PackedInt4], x: Tensor, wanted: Tensor) -> list[Call]:
+def ready(name: str, kernel: str | None, weights: list[PackedInt4]) -> list[Call]:
     """The calls of a way, one a copy of the weight. Raises Unavailable."""
     make = WAYS[name] if name != "ours" else functools.partial(ours, kernel=kernel)
+    with others_may_fail(name):
+        return [make(weight) for weight in weights]
+
+
+def require_right(name: str, call: Call, x: Tensor, wanted: Tensor) -> None:
+    """Raises Unavailable."""
+    with others_may_fail(name):
+        off = float((call(x).float() - wanted).norm() / wanted.norm())
+    if not off <= 0.01:
+        raise Unavailable(f"{name} is off by {off:.1e}")
+
+
+@contextlib.contextmanager
+def others_may_fail(name: str) -> Iterator[None]:
+    """An error in another's package or op is a note, and the other ways go on."""
     try:
-        first = make(weights[0])
-        off = float((first(x).float() - wanted).norm() / wanted.norm())
+        yield
     except Unavailable:
         raise
-    except Exception as error:  # another's package or op: a note, and the others go on
+    except Exception as error:
         if name == "ours":
             raise
         raise Unavailable(f"{name}: {type(error).__name__}: {str(error).partition('.')[0]}") from error
-    if not off <= 0.01:
-        raise Unavailable(f"{name} is off by {off:.1e}")
-    return [first, *(make(weight) for weight in weights[1:])]
 
 
 def measure(options: argparse.Namespace, N: int, K: int, rate: float) -> Iterator[dict[str, Any]]:
@@ -149,22 +161,25 @@ def measure(options: argparse.Namespace, N: int, K: int, rate: float) -> Iterato
     copies = max(2, -(-WORKING_SET // size))
     weights = [one, *(weight(N, K, options.group, options.zeros, dtype, seed) for seed in range(1, copies))]
     dense, calls = one.dequantize(), {}
-    x = torch.randn(1, K, dtype=dtype, device=DEVICE)
     for name in options.ways:
         # Four times the bytes, so a quarter of the copies.
         some = weights[: max(2, -(-copies // 4))] if name == "cublas" else weights
         try:
-            calls[name] = ready(name, options.kernel, some, x, x.float() @ dense.t())
+            calls[name] = ready(name, options.kernel, some)
         except Unavailable as why:
             print(f"# {N}x{K}: left out: {why}")
     for M in options.rows:
         x = torch.randn(M, K, dtype=dtype, device=DEVICE)
         if M > 1:
             torch._dynamo.mark_dynamic(x, 0)  # Inductor compiles for 1 and for more, not for each
-        graphs = {
-            name: recorded([functools.partial(call, x) for call in some], long=M >= 1024)
-            for name, some in calls.items()
-        }
+        wanted, graphs = x.float() @ dense.t(), {}
+        for name, some in calls.items():
+            try:
+                require_right(name, some[0], x, wanted)
+            except Unavailable as why:
+                print(f"# {N}x{K}, {M} rows: left out: {why}")
+                continue
+            graphs[name] = recorded([functools.partial(call, x) for call in some], long=M >= 1024)
         moved = size + (M * K + M * N) * x.element_size()
         yield {"N": N, "K": K, "M": M, "bytes": moved, "floor": moved / rate} | medians(graphs, options.rounds)
     torch.compiler.reset()

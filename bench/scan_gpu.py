@@ -4,10 +4,11 @@ timed against their neighbours; and the table of those that are better, kernels/
     python bench/scan_gpu.py [--shapes 6144x4096 ...] [--rows 16 64 ...] [--dtype float16] [--json FILE] [--write TABLE]
 
 Neighbours differ from the rule's choice in how many programs share a tile, in another parameter, or in both; on a
-Hopper the other kernel's choice and its neighbours are tried too. For each shape and number of rows a line says how
-long the rule's choice takes and the best, in microseconds, and which that was; then the three best follow. Where a
-line's ratio is far above 1, the rules want another number there: they are measured on sm_90 alone. Times are taken as
-in bench/dense_gpu.py. A kernel that is off by more than 1 % ends the run; one that the device cannot run is left out.
+Hopper, from 17 rows on, the other kernel's choice and its neighbours are tried too. For each shape and number of rows a
+line says how long the rule's choice takes and the best, in microseconds, and which that was; then the three best
+follow. Where a line's ratio is far above 1, the rules want another number there: they are measured on sm_90 alone.
+Times are taken as in bench/dense_gpu.py. A kernel that is off by more than 1 % ends the run; one that the device cannot
+run is left out.
 
 --write replaces what the table has of these shapes and rows on this device: with the best, if it is 3 % faster than the
 rule's choice when the two are timed once more, by themselves. All is for symmetric weights in groups of 128.
@@ -87,7 +88,7 @@ def call(config: Config, x: Tensor, packed: Packed, out: Tensor) -> Callable[[],
 
 def runs(config: Config, x: Tensor, packed: Packed, wanted: Tensor) -> bool:
     """Whether the device can; compiles it."""
-    out = torch.empty_like(wanted, dtype=x.dtype)
+    out = torch.full_like(wanted, float("nan"), dtype=x.dtype)
     try:
         call(config, x, packed, out)()
         torch.cuda.synchronize()

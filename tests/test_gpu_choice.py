@@ -163,6 +163,16 @@ def test_the_table_has_parameters_that_run() -> None:
                 assert -(-N // 64) * 64 % config.BN == 0 or isinstance(config, tuning.Hopper)
 
 
+def test_tiles_that_leave_rows_out_are_refused() -> None:
+    codes, scales = torch.zeros(200, 32, dtype=torch.int32), torch.zeros(200, 2, dtype=torch.float16)
+    x, out = torch.zeros(16, 256, dtype=torch.float16), torch.zeros(16, 200, dtype=torch.float16)
+    config = tuning.Config(128, 16, 64, WIDE=True, SPLITS=1, ROUNDED=False, STAGES=3, num_warps=8)
+    for N in (130, 192):  # three tiles of 64 rows
+        weight = linear.pack(PackedInt4(codes[:N], scales[:N], None))
+        with pytest.raises(ValueError, match="BN must divide the weight's 192 rows; 128 does not"):
+            linear.launch(config, x, weight, None, 128, out[:, :N])
+
+
 def test_many_rows_are_split_less() -> None:
     """Splitting costs memory traffic; it is for where programs are few."""
     for N, K in SHAPES:

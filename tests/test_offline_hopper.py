@@ -203,3 +203,10 @@ def test_splits_that_leave_a_program_without_work_are_refused(on_a_hopper: pytes
     x, out = (torch.empty(300, columns, dtype=torch.float16, device="meta") for columns in (K, N))
     with pytest.raises(ValueError, match="SPLITS must leave each program a tile of K; 12 do not of 16 tiles"):
         launch.dense(Hopper(128, 128, 12, 4), x, packed(128, False, torch.float16), None, 128, out)
+
+
+@pytest.mark.parametrize("BN", [64, 160, 320])
+def test_tiles_that_the_kernel_does_not_have_are_refused(on_a_hopper: pytest.MonkeyPatch, BN: int) -> None:
+    x, out = (torch.empty(300, columns, dtype=torch.float16, device="meta") for columns in (K, N))
+    with pytest.raises(ValueError, match=f"BN must be 128, 192 or 256, not {BN}"):
+        launch.dense(Hopper(BN, 128, 1, 4), x, packed(128, False, torch.float16), None, 128, out)

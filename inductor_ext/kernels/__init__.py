@@ -204,7 +204,8 @@ class Kernel(Protocol):
         layout cannot hold such a weight."""
 
     def run(self, x: Tensor, packed: Packed, bias: Tensor | None, N: int, group_size: int) -> Tensor:
-        """x [M, K] contiguous -> [M, N] in x's dtype, accumulated in float32 and rounded once."""
+        """x [M, K] contiguous -> [M, N] in x's dtype, accumulated in float32 and rounded once; or what torch's own
+        matmul gives, where the weight is dequantised for it."""
 
 
 class Routing(NamedTuple):

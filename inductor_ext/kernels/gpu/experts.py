@@ -1,4 +1,4 @@
-"""The Triton kernels for ``w4a16::moe``: two launches with few tokens, four otherwise, and no wait for the host."""
+"""The Triton kernels for ``w4a16::moe``: from two launches, with few tokens, to five, and no wait for the host."""
 
 from __future__ import annotations
 

@@ -78,13 +78,17 @@ def chosen(x: Tensor, packed: Packed, N: int, group_size: int) -> tuning.Config 
 
 
 def launch(config: tuning.Config, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
-    """The fused kernel with these parameters: out [M, N] = x [M, K] @ W^T + bias. Apart from ``run`` for tuning."""
+    """The fused kernel with these parameters: out [M, N] = x [M, K] @ W^T + bias. Apart from ``run`` for tuning.
+
+    Raises ValueError for tiles that do not divide the weight's rows, which the layout fills up to a multiple of 64."""
     from inductor_ext.kernels.gpu.dense import linear_kernel
     from inductor_ext.kernels.gpu.workspace import counters
 
     (M, K), N = x.shape, out.shape[1]
     variant = weight.meaning(packed, K, group_size, x.device)
     down, across, _ = packed.qweight.shape
+    if down * planes.ROWS % config.BN:
+        raise ValueError(f"BN must divide the weight's {down * planes.ROWS} rows; {config.BN} does not.")
     tiles = down * planes.ROWS // config.BN * -(-M // config.BM)
     parts = arrived = None
     if config.SPLITS > 1:

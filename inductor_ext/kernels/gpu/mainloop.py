@@ -7,7 +7,7 @@ the same registers' layout as the result):
 
     sum_k (q - z) s x = s (sum_k (q - 8) x - (z - 8) sum_k x)
 
-With very many rows of x the matrix unit is what limits: ROUNDED, each weight is rounded once to x's dtype, as a dense
+With very many rows of x the matrix unit is what limits: ROUNDED, each weight is rounded to x's dtype, as a dense
 weight would be, zeros of any kind come off it, and the sums of all groups stay in the unit.
 
 A step is a tile of 256 columns, or one half of its words: then each plane is 32 columns wide, and x is read in runs of
@@ -111,7 +111,7 @@ def _weights(
     w, scales, zeros, tile, part, n, N, G: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr, dtype: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """The same as weights, each rounded once to dtype."""
+    """The same as weights in dtype. Each is rounded once; with zeros apart, what is left of these is, too."""
     if PTX and ZEROS == KIND:
         of_a = _group_apart(scales, zeros, tile, part, 0, n, N, G, KIND, dtype)
         of_b = _group_apart(scales, zeros, tile, part, 1, n, N, G, KIND, dtype)

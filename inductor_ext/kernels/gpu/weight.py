@@ -34,8 +34,9 @@ def float_zeros(packed: Packed) -> bool:
 
 
 def may_round(packed: Packed, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded but once where scales act on codes: zeros come off exactly or in the same rounding,
-    and a scale of the activations' dtype is taken as it is."""
+    """Whether weights are rounded as a dense one would be where scales act on codes: a scale of the activations' dtype
+    is taken as it is. Zeros come off exactly if they are integers, else but for the rounding of what is left of them
+    (``codes.apart``)."""
     return packed.scales.dtype == dtype
 
 

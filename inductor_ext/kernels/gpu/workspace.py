@@ -10,6 +10,7 @@ counters that are nobody else's, for good; a graph never runs beside itself.
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,8 +29,16 @@ _rest: dict[torch.device, Tensor] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 
 
+_one_at_a_time = threading.Lock()
+
+
 def counters(count: int, device: torch.device) -> Tensor:
     """int32 [>= count], zeros, for one launch on the current stream that leaves them zero."""
+    with _one_at_a_time:  # threads may launch on streams of their own
+        return _counters(count, device)
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
     if device.type != "cuda":  # Triton's interpreter, which has no streams, or a launch that is only looked at
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():

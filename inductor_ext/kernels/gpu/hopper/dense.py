@@ -39,7 +39,6 @@ def linear_kernel(
     M,
     N,
     ACROSS,  # tiles of a row
-    CODES: gl.constexpr,  # "int4" or "fp4"
     SPLITS: gl.constexpr,
     BN: gl.constexpr,  # 128, 192 or 256
     BM: gl.constexpr,
@@ -54,10 +53,10 @@ def linear_kernel(
     if TALL == 3:
         gl.warp_specialize(
             [
-                (_multiply, (0, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-                (_multiply, (1, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-                (_multiply, (2, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-                (_fetch, ((x, w, scales, zeros), stages, work, CODES, SPLITS, TALL, BM, G, STAGES)),
+                (_multiply, (0, stages, work, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_multiply, (1, stages, work, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_multiply, (2, stages, work, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_fetch, ((x, w, scales, zeros), stages, work, SPLITS, TALL, BM, G, STAGES)),
             ],
             [4, 4, 1],
             [REGISTERS_OF_THREE, REGISTERS_OF_THREE, 32],
@@ -65,9 +64,9 @@ def linear_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-                (_multiply, (1, stages, work, result, CODES, SPLITS, TALL, BM, G, ZEROS, STAGES)),
-                (_fetch, ((x, w, scales, zeros), stages, work, CODES, SPLITS, TALL, BM, G, STAGES)),
+                (_multiply, (0, stages, work, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_multiply, (1, stages, work, result, SPLITS, TALL, BM, G, ZEROS, STAGES)),
+                (_fetch, ((x, w, scales, zeros), stages, work, SPLITS, TALL, BM, G, STAGES)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -75,7 +74,7 @@ def linear_kernel(
 
 
 @gluon.jit
-def _place(t, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr):
+def _place(t, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr):
     """The t-th tile or part of one: its number, which part, and where it is (see ``fetch``)."""
     along_n, along_m, ACROSS = work
     tile, part = t % (along_n * along_m), t // (along_n * along_m)
@@ -85,35 +84,35 @@ def _place(t, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexp
     row0, m0 = (band * _BAND + within % height) * TALL, within // height * BM
     share = gl.cdiv(ACROSS, SPLITS)
     first = part * share
-    steps = halves(CODES) * (gl.minimum(first + share, ACROSS) - first)
+    steps = halves("int4") * (gl.minimum(first + share, ACROSS) - first)
     return tile, part, (0, row0, 1, m0, ACROSS, first, steps, 0, 0)
 
 
 @gluon.jit
 def _fetch(
-    given, stages, work, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
-    G: gl.constexpr, STAGES: gl.constexpr,
+    given, stages, work, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
-        _, _, place = _place(t, work, CODES, SPLITS, TALL, BM)
-        fetch(given, stages, place, begun, CODES, G, own(TALL), TALL, STAGES)
+        _, _, place = _place(t, work, SPLITS, TALL, BM)
+        fetch(given, stages, place, begun, "int4", G, own(TALL), TALL, STAGES)
         begun += place[6]
 
 
 @gluon.jit
 def _multiply(
-    me: gl.constexpr, stages, work, result, CODES: gl.constexpr, SPLITS: gl.constexpr, TALL: gl.constexpr,
-    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    me: gl.constexpr, stages, work, result, SPLITS: gl.constexpr, TALL: gl.constexpr, BM: gl.constexpr,
+    G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     along_n, along_m, _ = work
     PER: gl.constexpr = own(TALL)
     begun = 0
     for t in range(gl.program_id(0), along_n * along_m * SPLITS, gl.num_programs(0)):
-        tile, part, place = _place(t, work, CODES, SPLITS, TALL, BM)
+        tile, part, place = _place(t, work, SPLITS, TALL, BM)
         n0, m0 = (place[1] + me * PER) * 64, place[3]
-        acc, acc2 = accumulate(me, stages, place, begun, CODES, BM, G, ZEROS, TALL, STAGES)
+        acc, acc2 = accumulate(me, stages, place, begun, "int4", BM, G, ZEROS, TALL, STAGES)
         _store(acc, tile * TALL + me * PER, part, n0, m0, result, SPLITS, BM)
         if PER == 2:
             _store(acc2, tile * TALL + me * PER + 1, part, n0 + 64, m0, result, SPLITS, BM)

@@ -18,20 +18,23 @@ def installed() -> bool:
 
 
 def can(packed: Packed, x: Tensor) -> bool:
-    """Whether the kernels multiply x with this weight: each of its elements is rounded once to x's dtype, if scales
-    have that, and zeros that are no integers."""
+    """Whether the kernels multiply x with this weight: each of its elements is rounded to x's dtype, once, if scales
+    have that; with zeros that are no integers, which must have it too, what is left of a zero is rounded before."""
     there = runtime.arch_of(x.device) == "sm_90" and packed.scales.dtype == x.dtype and installed()
     return there and (packed.zeros is None or packed.zeros.dtype in (torch.int16, x.dtype))
 
 
 def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_size: int, out: Tensor) -> None:
-    """out [M, N] = x [M, K] @ W^T + bias. Raises ValueError for splits that leave a program without a tile of K."""
+    """out [M, N] = x [M, K] @ W^T + bias. Raises ValueError for tiles that the kernel does not have, and for splits
+    that leave a program without a tile of K."""
     from inductor_ext.kernels.gpu.hopper.dense import linear_kernel
     from inductor_ext.kernels.gpu.workspace import counters
 
     (M, K), N = x.shape, out.shape[1]
     across = packed.qweight.shape[1]
     BN, BM, splits = config.BN, config.BM, config.SPLITS
+    if BN not in (128, 192, 256):
+        raise ValueError(f"BN must be 128, 192 or 256, not {BN}.")
     if (splits - 1) * -(-across // splits) >= across:
         raise ValueError(f"SPLITS must leave each program a tile of K; {splits} do not of {across} tiles.")
     tiles = -(-N // BN) * -(-M // BM)
@@ -59,7 +62,6 @@ def dense(config: Hopper, x: Tensor, packed: Packed, bias: Tensor | None, group_
 def _variant(config: Hopper, packed: Packed, K: int, group_size: int, device: torch.device) -> dict[str, Any]:
     meaning = weight.meaning(packed, K, group_size, device)
     return {
-        "CODES": "int4",
         "BM": config.BM,
         "G": meaning["G"],
         "ZEROS": meaning["ZEROS"],
@@ -162,7 +164,7 @@ class Weights(NamedTuple):
 def int4(config: Hopper, packed: Packed, K: int, group_size: int) -> Weights:
     _, tall, across, _ = packed.qweight.shape
     zero_rows = 0 if packed.zeros is None else packed.zeros.shape[1]
-    variant = _variant(config, packed, K, group_size, packed.qweight.device)
+    variant = {"CODES": "int4"} | _variant(config, packed, K, group_size, packed.qweight.device)
     return Weights(
         config, _weight(packed, variant["G"]), (tall * 64, across, packed.scales.shape[1], zero_rows), variant
     )
@@ -229,8 +231,8 @@ def down(
     """y [pairs, H] = weight * (W2 h + b2)."""
     from inductor_ext.kernels.gpu.hopper.moe import down_kernel
 
-    H, BN, BM = y.shape[1], weights.config.BN, weights.config.BM
-    down_kernel[(_programs(-(-H // BN) * len(h) // BM, h.device),)](
+    H, BM = y.shape[1], weights.config.BM
+    down_kernel[(_programs(-(-H // 256) * len(h) // BM, h.device),)](
         _rows(h, BM),
         *weights.tensors,
         bias,
@@ -240,7 +242,6 @@ def down(
         *weights.sizes,
         None if scales is None else scales[1],
         ON_INPUT=mlp.apply_router_weight_on_input,
-        BN=BN,
         **weights.variant,
         **EARLY,
     )

@@ -25,7 +25,7 @@ from inductor_ext.kernels.gpu.fp4 import scaled_planes
 REGISTERS: gl.constexpr = gl.constexpr(240)
 """Of a thread that multiplies. One that fetches has 24, and together a processor's are used up."""
 REGISTERS_OF_THREE: gl.constexpr = gl.constexpr(160)
-"""The same, if there are three groups."""
+"""Of a thread that multiplies, if there are three groups. One that fetches then has 32."""
 wait_for_group = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
 
 
@@ -238,7 +238,7 @@ def _rows(
 
 @gluon.jit
 def _less_float_zeros(words, scales, zeros, tile, half, dtype: gl.constexpr, G: gl.constexpr):
-    """Four planes' weights, each rounded once to dtype, which is the zeros', too."""
+    """Four planes' weights in dtype, which is the zeros', too. What is left of a zero is rounded, and the weight."""
     a, rest_a = apart(zeros[0], scales[0], dtype)
     b, rest_b = apart(zeros[1], scales[1], dtype)
     c, rest_c = apart(zeros[2], scales[2], dtype)

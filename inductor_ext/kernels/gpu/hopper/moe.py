@@ -20,7 +20,6 @@ from inductor_ext.kernels.gpu.hopper.loop import (
     fetch,
     halves,
     make_stages,
-    own,
     store_rows,
     stored,
     sums,
@@ -185,20 +184,19 @@ def _store_pairs(
 def down_kernel(
     h, w, scales, zeros, bias, topk_weights, slots, block_expert, total, y,
     HIDDEN, ROWS, ACROSS, SCALE_ROWS, ZERO_ROWS, h_scale,
-    CODES: gl.constexpr, ON_INPUT: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
+    CODES: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr, G: gl.constexpr,
     ZEROS: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """y [pairs, HIDDEN] = weight * (W2 h + b2), in tiles of BN of HIDDEN and a block of slots."""
+    """y [pairs, HIDDEN] = weight * (W2 h + b2), in tiles of 256 of HIDDEN and a block of slots."""
     begin(EARLY)
-    TALL: gl.constexpr = BN // 64
-    stages = make_stages(h, w, scales, zeros, TALL, STAGES)
-    work = (gl.cdiv(HIDDEN, BN), gl.load(total), block_expert, ROWS // 64, 1, ACROSS, SCALE_ROWS, ZERO_ROWS)
+    stages = make_stages(h, w, scales, zeros, 4, STAGES)
+    work = (gl.cdiv(HIDDEN, 256), gl.load(total), block_expert, ROWS // 64, 1, ACROSS, SCALE_ROWS, ZERO_ROWS)
     result = (bias, topk_weights, slots, y, HIDDEN, h_scale)
     gl.warp_specialize(
         [
-            (_down, (0, stages, work, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_down, (1, stages, work, result, CODES, ON_INPUT, TALL, BM, G, ZEROS, STAGES)),
-            (_fetch, ((h, w, scales, zeros), stages, work, CODES, TALL, own(TALL), TALL, BM, G, STAGES)),
+            (_down, (0, stages, work, result, CODES, ON_INPUT, BM, G, ZEROS, STAGES)),
+            (_down, (1, stages, work, result, CODES, ON_INPUT, BM, G, ZEROS, STAGES)),
+            (_fetch, ((h, w, scales, zeros), stages, work, CODES, 4, 2, 4, BM, G, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -207,19 +205,17 @@ def down_kernel(
 
 @gluon.jit
 def _down(
-    me: gl.constexpr, stages, work, result, CODES: gl.constexpr, ON_INPUT: gl.constexpr, TALL: gl.constexpr,
-    BM: gl.constexpr, G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
+    me: gl.constexpr, stages, work, result, CODES: gl.constexpr, ON_INPUT: gl.constexpr, BM: gl.constexpr,
+    G: gl.constexpr, ZEROS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     across, blocks = work[0], work[1]
-    PER: gl.constexpr = own(TALL)
     begun = 0
     for t in range(gl.program_id(0), across * blocks, gl.num_programs(0)):
-        block, expert, tile, place = _place(t, work, CODES, TALL, BM)
-        n0 = (tile * TALL + me * PER) * 64
-        acc, acc2 = accumulate(me, stages, place, begun, CODES, BM, G, ZEROS, TALL, STAGES)
+        block, expert, tile, place = _place(t, work, CODES, 4, BM)
+        n0 = (tile * 4 + me * 2) * 64
+        acc, acc2 = accumulate(me, stages, place, begun, CODES, BM, G, ZEROS, 4, STAGES)
         _weighted(acc, n0, block, expert, result, ON_INPUT, BM)
-        if PER == 2:
-            _weighted(acc2, n0 + 64, block, expert, result, ON_INPUT, BM)
+        _weighted(acc2, n0 + 64, block, expert, result, ON_INPUT, BM)
         begun += place[6]
 
 
