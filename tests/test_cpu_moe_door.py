@@ -47,6 +47,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"w13_codes must be \[E, N, K/8\] = \[4, 80, 12\]; its shape is \[4, 80, 8\]",
     ),
     "ids dtype": ({"topk_ids": torch.zeros(3, 2)}, "topk_ids must be int32 or int64; it is Float"),
+    "no choices": (
+        {"topk_ids": torch.zeros(3, 0).int(), "topk_weights": torch.zeros(3, 0)},
+        r"topk_ids must have at least one choice a token, \[T, k\]; its shape is \[3, 0\]",
+    ),
     "ids shape": (
         {"topk_ids": torch.zeros(2, 2).int()},
         r"topk_ids must be \[T, k\] = \[3, 2\]; its shape is \[2, 2\]",

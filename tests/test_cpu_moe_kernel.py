@@ -321,3 +321,17 @@ def test_pack_copies_nothing_and_unpack_gives_it_back() -> None:
         assert packed_one.shape == (3, 16, before.shape[1])
         assert before.data_ptr() == packed_one.data_ptr() == after.data_ptr()
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_activations_far_below_zero_are_nothing(isa: str, activation: str) -> None:
+    """Of minus infinity NaN, as 0 times infinity is."""
+    codes = torch.full((1, 8, 1), 0x99999999 - (1 << 32), dtype=torch.int32)  # each weight is the scale
+    w13 = Packed(codes, torch.tensor([1.0, 1e3, 1e30, 1e35, 3e38, 1, 1, 1]).view(1, 8, 1), None, None)
+    w2 = Packed(codes, torch.full((1, 8, 1), 1.0), None, None)
+    x = torch.tensor([[-1.0] + [0.0] * 7])
+    mlp, ids = Mlp(activation, "none"), torch.zeros(1, 1, dtype=torch.int32)
+    y = cpu_moe.run(x, Routing(torch.ones(1, 1), ids, None, 1), w13, w2, None, None, mlp, 8, (8, 8))
+    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh")}[activation]
+    wanted = act(-torch.tensor([1.0, 1e3, 1e30, 1e35, 3e38, 1, 1, 1])).sum()
+    assert torch.allclose(y, wanted.expand(1, 8), rtol=1e-5), (y, wanted)

@@ -32,8 +32,14 @@ PROBLEM = Problem("linear", "cuda", "sm_90", torch.bfloat16, torch.float16, 4096
         ),
         ({"dtype": torch.float32}, "The activations must be float16 or bfloat16, not torch.float32."),
         ({"scale_dtype": torch.float64}, "The scales must be float16, bfloat16 or float32, not torch.float64."),
-        ({"group_size": 48, "K": 480}, "The group size must be 32, 64, a multiple of 128, or K=480; it is 48."),
-        ({"group_size": 16}, "The group size must be 32, 64, a multiple of 128, or K=4096; it is 16."),
+        (
+            {"group_size": 48, "K": 480},
+            "The group size must be K=480, or divide it and be 32, 64 or a multiple of 128; it is 48.",
+        ),
+        (
+            {"group_size": 16},
+            "The group size must be K=4096, or divide it and be 32, 64 or a multiple of 128; it is 16.",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -41,9 +41,12 @@ PROBLEM = MoeProblem(
         ),
         (
             {"w13": replace(KIND, group_size=16)},
-            "The group size must be 32, 64, a multiple of 128, or K=512; it is 16.",
+            "The group size must be K=512, or divide it and be 32, 64 or a multiple of 128; it is 16.",
         ),
-        ({"w2": replace(KIND, group_size=8)}, "The group size must be 32, 64, a multiple of 128, or K=256; it is 8."),
+        (
+            {"w2": replace(KIND, group_size=8)},
+            "The group size must be K=256, or divide it and be 32, 64 or a multiple of 128; it is 8.",
+        ),
         ({"mlp": Mlp("tanh")}, "The activation must be one of silu, gelu, gelu_tanh, relu, swigluoai, not tanh."),
         (
             {"mlp": Mlp(gate_up="thirds")},
@@ -153,7 +156,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"w13_zeros": torch.zeros(3, 4, 192, 2, dtype=torch.uint8)},
         "w13_zeros must be int16 or float16 or bfloat16 or float32, it is torch.uint8",
     ),
-    "group": ({"w13_group_size": 40}, "w13: The group size must be 32, 64, a multiple of 128, or K=320; it is 40"),
+    "group": (
+        {"w13_group_size": 40},
+        "w13: The group size must be K=320, or divide it and be 32, 64 or a multiple of 128; it is 40",
+    ),
 }
 
 

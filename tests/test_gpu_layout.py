@@ -103,7 +103,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "another device": ({"order": PACKED.order.to("meta")}, "order is on meta, the activations are on cpu"),
     "bias": ({"bias": torch.zeros(N)}, "bias must be float16, it is torch.float32"),
     "rows of the weight": ({"out_features": 130}, r"qweight must be \[3, 2, 4096\] .*, it is int16 \[2, 2, 4096\]"),
-    "group": ({"group_size": 40}, "The group size must be 32, 64, a multiple of 128, or K=320; it is 40"),
+    "group": (
+        {"group_size": 40},
+        "The group size must be K=320, or divide it and be .* of 128; it is 40",
+    ),
     "no divisor": ({"group_size": 128}, "group_size 128 does not divide K=320"),
 }
 

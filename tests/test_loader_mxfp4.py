@@ -234,6 +234,7 @@ REFUSED = {
     "input_tensors with qscheme 'per_group'": changed("input_tensors", qscheme="per_group"),
     "layer_quant_config": quark(True) | {"layer_quant_config": {"*lm_head": {"weight": WEIGHT}}},
     "kv_cache_quant_config": quark(True) | {"kv_cache_quant_config": {"*": {"output_tensors": INPUT}}},
+    "the algo_config 'rotation' with r4": quark(True) | {"algo_config": [{"name": "rotation", "r1": True, "r4": True}]},
     "weight None": quark(True) | {"global_quant_config": {}},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
+def test_two_sets_of_files_are_one_too_many(tmp_path: Path) -> None:
+    """transformers would take the single file, others the index."""
+    write_compressed_tensors(tmp_path, llama(num_hidden_layers=1))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}))
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model-00001-of-00001.safetensors")
+    with pytest.raises(CheckpointError, match="names other files; remove what is out of date"):
+        load(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        load(tmp_path)
+
+
 def test_a_layer_named_as_not_converted_is_not_packed_even_if_the_file_packs_it(tmp_path: Path) -> None:
     write_awq(tmp_path, llama(num_hidden_layers=1), modules_to_not_convert=["down_proj"])
     with pytest.raises(CheckpointError, match=r"missing: model\.layers\.0\.mlp\.down_proj\.weight, "):
@@ -101,6 +115,9 @@ def ct(weights: dict[str, Any] | None = None, group: dict[str, Any] | None = Non
         ({"quant_method": "bitsandbytes"}, "has quant_method 'bitsandbytes'"),
         ({}, "has no quantization_config"),
         (ct({"num_bits": 8}), "num_bits 8"),
+        (ct(group={"targets": "Linear"}), "has targets 'Linear', which is no list"),
+        (ct(ignore="lm_head"), "has ignore 'lm_head', which is no list of names"),
+        ({"quant_method": "gptq", "bits": 4, "rotation": "hadamard"}, "has rotation hadamard"),
         (ct({"type": "float"}), "type 'float'"),
         (ct({"strategy": "tensor", "group_size": None}), "strategy 'tensor'"),
         (ct({"dynamic": True}), "dynamic True"),

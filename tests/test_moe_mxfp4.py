@@ -174,6 +174,8 @@ def test_what_has_no_gradient_says_so() -> None:
     x, weights, ids = experts.routed(3)
     with pytest.raises(NotImplementedError, match="rounding to fp8 has none"):
         experts(x.requires_grad_(), weights, ids).sum().backward()
+    with pytest.raises(NotImplementedError, match="round_to_fp8 has no derivative"):
+        torch.ops.w4a16.round_to_fp8(x, torch.ones(1)).sum().backward()
     experts = Mxfp4Experts()
     experts.tensors["w2_bias"].requires_grad_()
     with pytest.raises(RuntimeError, match="moe_mxfp4 gives no gradient to w2_bias"):

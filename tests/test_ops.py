@@ -308,3 +308,21 @@ def test_name_and_signature() -> None:
         "w4a16::linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? order, Tensor? bias, "
         'int out_features, int group_size, str kernel="reference") -> Tensor'
     )
+
+
+@pytest.mark.parametrize("name", ["scales", "zeros"])
+def test_what_gets_no_gradient_may_not_ask_for_one(name: str) -> None:
+    given = {"scales": torch.ones(8, 2), "zeros": torch.ones(8, 2)}
+    given[name].requires_grad_()
+    codes, x = torch.zeros(8, 8, dtype=torch.int32), torch.ones(3, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"linear gives no gradient to {name}, which requires one.*Freeze it"):
+        torch.ops.w4a16.linear(x, codes, given["scales"], given["zeros"], None, None, 8, 32)
+
+
+@pytest.mark.parametrize(("N", "K"), [(0, 64), (8, 0)])
+def test_a_weight_has_rows_and_columns(N: int, K: int) -> None:
+    codes, scales = torch.zeros(N, K // 8, dtype=torch.int32), torch.ones(N, K // 32)
+    for device in ("cpu", "meta"):
+        given = [t.to(device) for t in (torch.zeros(3, K), codes, scales)]
+        with pytest.raises(RuntimeError, match=f"N and K must be at least 1, they are {N} and {K}"):
+            torch.ops.w4a16.linear(*given, None, None, None, N, 32)

@@ -69,6 +69,17 @@ def test_reasons_of_those_passed_over_are_kept(monkeypatch: pytest.MonkeyPatch) 
     assert oracle.choose(PROBLEM) == oracle.Choice("c", {"a": "Not built.", "b": "N is odd."})
 
 
+def test_groups_that_do_not_divide_k_are_nobody_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up(monkeypatch, a=(None, None))
+    for problem, K in (
+        (replace(PROBLEM, K=2880, group_size=128), 2880),
+        (replace(MOE, H=96, w13=replace(MOE.w13, group_size=64)), 96),
+        (replace(MOE, I=192, w2=replace(MOE.w2, group_size=128)), 192),
+    ):
+        with pytest.raises(oracle.NoKernel, match=f"Groups of .* do not divide K={K}"):
+            oracle.choose(problem)
+
+
 def test_no_kernel_at_all_tells_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     made_up(monkeypatch, a=("Not built.", None), b=(None, "N is odd."))
     with pytest.raises(oracle.NoKernel) as error:

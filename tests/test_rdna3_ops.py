@@ -134,6 +134,9 @@ def test_there_is_no_gradient_and_it_says_so() -> None:
         y = gemm(**dense() | {"a": drawn(3, 128, dtype=torch.float16).requires_grad_()})
     with pytest.raises(NotImplementedError, match="has no gradient, as in the field"):
         y.sum().backward()
+    for name in ("a", "c"):
+        with hip_lanes.on("gfx1100"), pytest.raises(NotImplementedError, match="moe_gptq_gemm_rdna3 has no gradient"):
+            moe_gemm(**routed() | {name: routed()[name].clone().requires_grad_()})
 
 
 def test_an_arch_without_the_kernels_is_told() -> None:

@@ -92,7 +92,8 @@ WORDS = torch.zeros(4, 64, 16, dtype=torch.int32)
         ({"top_k": 0}, "top_k must be at least 1, it is 0"),
         ({"block_m": 16}, "block_m must be 32, it is 16"),
         ({"block_m": 64}, "block_m must be 32, it is 64"),
-        ({"num_blocks": -1}, "num_blocks must not be negative, it is -1"),
+        ({"num_blocks": -1}, r"num_blocks must be within 0\.\..*; it is -1"),
+        ({"num_blocks": 100}, r"num_blocks must be within 0\.\..*; it is 100"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

@@ -152,7 +152,12 @@ def test_configurations_of_the_field() -> None:
     assert of(weight_bits=8, desc_act=False, checkpoint_format="gptq_v2") == Checkpoint("gptq", 8)
     assert of(num_bits=4, actorder=None) == Checkpoint("compressed-tensors")
     assert of(num_bits=8, actorder=SimpleNamespace(value="group")).desc_act
-    assert not of(num_bits=4, actorder="weight").desc_act
+    for order in ("group", "dynamic", True, SimpleNamespace(value="dynamic")):
+        assert of(num_bits=4, actorder=order).desc_act
+    for order in ("weight", "static", False, SimpleNamespace(value="weight")):
+        assert not of(num_bits=4, actorder=order).desc_act
+    with pytest.raises(ValueError, match="it is 'rows'"):
+        of(num_bits=4, actorder="rows")
     with pytest.raises(TypeError, match="quant_config must be a Checkpoint"):
         of(bits=4)
     with pytest.raises(ValueError, match="method must be gptq, awq or"):

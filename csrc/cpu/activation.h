@@ -25,10 +25,11 @@ F exponential(F x) {
   return (F)((Bits)p + ((Bits)shifted << 23));  // n is added to the exponent
 }
 
-// x * sigmoid(z)
+// x * sigmoid(z). Where e^-z is beyond its bound that is nothing, of infinity NaN.
 template <class F>
 F gated(F x, F z) {
-  return x / (exponential(-z) + 1.0f);
+  const F y = x / (exponential(-z) + 1.0f);
+  return z < -88.0f ? x * 0.0f : y;
 }
 
 template <class F>

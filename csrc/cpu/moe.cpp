@@ -63,6 +63,7 @@ struct Arguments {
     if (topk_weights.scalar_type() != ScalarType::Float) fail_dtype(topk_weights, "topk_weights", "float32");
     call.T = x.size(0);
     call.top_k = topk_ids.size(1);
+    if (call.top_k < 1) fail("topk_ids must have at least one choice a token, [T, k]; its shape is ", shape(topk_ids), ".");
     check_shape(topk_ids, "topk_ids", {call.T, call.top_k}, "[T, k]");
     check_shape(topk_weights, "topk_weights", {call.T, call.top_k}, "[T, k]");
     call.activation = find(kActivations, "activation", activation);

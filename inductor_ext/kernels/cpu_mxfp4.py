@@ -72,8 +72,10 @@ def run(
     if (reason := usable()) is not None:
         raise RuntimeError(reason)
     wanted = intermediate_size * (1 if mlp.gate_up == "none" else 2)
-    if w13.qweight.dim() != 3 or w13.qweight.shape[1] != wanted:  # all else about the weights C++ checks
-        raise RuntimeError(f"w13 must have {wanted} rows, its codes are {list(w13.qweight.shape)}.")
+    # All else about the weights C++ checks; not this, as it has H from w2, and x filled up.
+    for name, weight, height in (("w13", w13, wanted), ("w2", w2, x.shape[1])):
+        if weight.qweight.dim() != 3 or weight.qweight.shape[1] != height:
+            raise RuntimeError(f"{name} must have {height} rows, its codes are {list(weight.qweight.shape)}.")
     mapped = routing.expert_map is not None
     x_scale, h_scale = input_scales or (None, None)
     missing = -x.shape[1] % MXFP4_GROUP

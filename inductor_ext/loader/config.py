@@ -136,8 +136,15 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> Plan:
         if found != "pack-quantized":
             _refuse(f"has format {found!r} (config group {name!r})")
         scheme = _compressed_tensors_scheme(name, group.get("weights") or {})
-        rules += [Rule(pattern, scheme) for pattern in group.get("targets", ())]
-    return Plan(tuple(rules), tuple(quantization.get("ignore") or ()))
+        rules += [Rule(pattern, scheme) for pattern in _patterns(group, "targets")]
+    return Plan(tuple(rules), _patterns(quantization, "ignore"))
+
+
+def _patterns(settings: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    found = settings.get(key) or []
+    if not isinstance(found, (list, tuple)) or not all(isinstance(pattern, str) for pattern in found):
+        _refuse(f"has {key} {found!r}, which is no list of names")
+    return tuple(found)
 
 
 def _compressed_tensors_scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
@@ -163,6 +170,7 @@ def _gptq(quantization: Mapping[str, Any]) -> Plan:
         _refuse(f"has checkpoint_format {found!r}, is_marlin_format={bool(quantization.get('is_marlin_format'))}")
     if quantization.get("pack_dtype", "int32") != "int32":
         _refuse(f"has pack_dtype {quantization['pack_dtype']!r}")
+    _refuse_unless_empty(quantization, ("rotation", "adapter"))
 
     def scheme(settings: Mapping[str, Any]) -> Scheme:
         _require_4_bits(settings)
@@ -201,6 +209,11 @@ def _quark(quantization: Mapping[str, Any]) -> Plan:
     _refuse_unless_empty(quantization, ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config"))
     settings = quantization.get("global_quant_config") or {}
     _refuse_unless_empty(settings, ("output_tensors", "bias"), where="global_quant_config: ")
+    for algorithm in quantization.get("algo_config") or []:
+        # Rotations of activations at run time need an operation that the loaded model does not have.
+        online = {key for key, value in algorithm.items() if value and (key in ("r3", "r4") or "online" in key)}
+        if online:
+            _refuse(f"has the algo_config {algorithm.get('name')!r} with {', '.join(sorted(online))}")
     _require_settings(
         settings.get("weight"),
         "weight",

@@ -70,16 +70,24 @@ class Slot:
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises FileNotFoundError if one, or all, are not there."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a checkpoint. Raises FileNotFoundError if one, or all, are not there, and
+    CheckpointError if it is not clear which they are."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = json.loads(index.read_text()).get("weight_map")
+        if not isinstance(names, dict):
+            raise CheckpointError(f"{index} has no weight_map, which says in which file each tensor is.")
+        shards = [folder / name for name in sorted(set(names.values()))]
+        if single.exists() and single not in shards:
+            raise CheckpointError(
+                f"{folder} holds {single.name}, and {index.name}, which names other files; remove what is out of date."
+            )
         if absent := [shard.name for shard in shards if not shard.exists()]:
             raise FileNotFoundError(
                 f"{index} names {', '.join(absent)}, which {folder} lacks; copy or download it again."
             )
         return shards
-    if (single := folder / "model.safetensors").exists():
+    if single.exists():
         return [single]
     raise FileNotFoundError(
         f"{folder} holds neither model.safetensors nor {index.name}; no other format can be loaded."

@@ -3,6 +3,8 @@ their plain PyTorch, and the backend finds it there."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,5 +43,17 @@ def _round_to_fp8(x: Tensor, scale: Tensor) -> Tensor:
 
 
 LIB.impl("round_to_fp8", _round_to_fp8, "CompositeExplicitAutograd")
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _backward(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError(
+        "w4a16::round_to_fp8 has no derivative: rounding has none. To train through it, leave the activations in 16"
+        " bits."
+    )
+
+
+torch.library.register_autograd("w4a16::round_to_fp8", _backward, lib=LIB)
 
 round_to_fp8 = torch.ops.w4a16.round_to_fp8.default

@@ -3,7 +3,7 @@ respect to x."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def _check(name: str, x: Tensor, packed: Packed, N: int, K: int, group_size: int
     Raises RuntimeError naming the argument, what it was and what is allowed.
     """
     _require(x.dtype in _DTYPES, lambda: f"{name} must be float16, bfloat16 or float32, it is {x.dtype}.")
+    _require(N > 0 and K > 0, lambda: f"N and K must be at least 1, they are {N} and {K}; {name} is {_of(x)}.")
     _require(
         group_size > 0 and K % group_size == 0,
         lambda: f"group_size {group_size} does not divide K={K}; {name} is {_of(x)}.",
@@ -165,8 +166,19 @@ LIB.impl("linear_grad_x", _linear_grad_x, "CompositeExplicitAutograd")
 # -- autograd ----------------------------------------------------------------------------------------------------------
 
 
+def refuse_gradients(op: str, arguments: Iterable[tuple[str, Tensor | None]], can: str) -> None:
+    """Raises RuntimeError if one of these tensor arguments requires a gradient. ``can``: which others may."""
+    for name, t in arguments:
+        if t is not None and t.requires_grad:
+            raise RuntimeError(
+                f"w4a16::{op} gives no gradient to {name}, which requires one; only {can} can. Freeze it"
+                " (requires_grad_(False)), or call the op under torch.no_grad()."
+            )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qweight, scales, zeros, order, bias, _, ctx.group_size, ctx.kernel = inputs
+    refuse_gradients("linear", (("scales", scales), ("zeros", zeros)), "x and bias")
     ctx.in_features = x.shape[-1]
     ctx.bias_ndim = None if bias is None else x.dim() - 1
     ctx.save_for_backward(qweight, scales, zeros, order)
@@ -183,6 +195,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grad, qweight, scales, zeros, order, _, ctx.group_size, ctx.kernel = inputs
+    refuse_gradients("linear_grad_x", (("scales", scales), ("zeros", zeros)), "grad")
     ctx.out_features = grad.shape[-1]
     ctx.save_for_backward(qweight, scales, zeros, order)
 

@@ -42,6 +42,7 @@ def _require(ok: Any, message: Callable[[], str]) -> None:
 def _check(name: str, x: Tensor, qweight: Tensor, scales: Tensor, N: int, K: int, kernel: str) -> None:
     """Every argument against every other. Raises RuntimeError naming the argument, what it was and what is allowed."""
     _require(x.dtype in _DTYPES, lambda: f"{name} must be float16, bfloat16 or float32, it is {x.dtype}.")
+    _require(N > 0 and K > 0, lambda: f"N and K must be at least 1, they are {N} and {K}; {name} is {_of(x)}.")
     packed = Packed(qweight, scales, None, None)
     try:
         layout = kernels.load_linear_mxfp4(kernel).layout(packed, N, K, MXFP4_GROUP)

@@ -3,14 +3,13 @@ and its gradients with respect to x and the router's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from inductor_ext import kernels
-from inductor_ext.ops.linear import LIB
+from inductor_ext.ops.linear import LIB, refuse_gradients
 from inductor_ext.ops.moe_door import DTYPES, Call, check, check_tokens, describe, require, routing, rows13
 
 # -- schema ------------------------------------------------------------------------------------------------------------
@@ -120,18 +119,12 @@ _TENSORS = 12
 """The arguments of the op that are tensors: x, and of Call those up to expert_map."""
 
 
-def refuse_gradients(op: str, arguments: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises RuntimeError if a tensor argument other than x and topk_weights requires a gradient."""
-    for name, t in arguments:
-        if name not in ("topk_weights", "topk_ids") and t is not None and t.requires_grad:
-            raise RuntimeError(
-                f"w4a16::{op} gives no gradient to {name}, which requires one; only x and topk_weights can. Freeze it"
-                " (requires_grad_(False)), or call the op under torch.no_grad()."
-            )
+GET_ONE = "x and topk_weights"
+"""What gets a gradient."""
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    refuse_gradients("moe", zip(Call._fields, inputs[1:_TENSORS], strict=False))
+    refuse_gradients("moe", zip(Call._fields[2:], inputs[3:_TENSORS], strict=False), GET_ONE)
     ctx.settings = inputs[_TENSORS:]
     ctx.save_for_backward(*inputs[:_TENSORS])
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from inductor_ext import kernels
 from inductor_ext.formats import MXFP4_GROUP
-from inductor_ext.ops.linear import LIB
-from inductor_ext.ops.moe import check_grad, gradients, refuse_gradients
+from inductor_ext.ops.linear import LIB, refuse_gradients
+from inductor_ext.ops.moe import GET_ONE, check_grad, gradients
 from inductor_ext.ops.moe_door import Call, check, check_tensor, describe, require, routing
 
 # -- schema ------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ _NAMES = (
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    refuse_gradients("moe_mxfp4", zip(_NAMES, inputs[1 : _COUNT + 1], strict=False))
+    refuse_gradients("moe_mxfp4", zip(_NAMES[2:], inputs[3 : _COUNT + 1], strict=False), GET_ONE)
     ctx.settings = inputs[_COUNT + 1 :]
     ctx.save_for_backward(*inputs[: _COUNT + 1])
 
@@ -171,7 +171,7 @@ def _backward_grad(ctx: Any, *grads: Tensor) -> None:
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    refuse_gradients("moe_gemm_a8w4", zip(_NAMES, inputs[1 : _COUNT + 3], strict=True))
+    refuse_gradients("moe_gemm_a8w4", zip(_NAMES[2:], inputs[3 : _COUNT + 3], strict=True), GET_ONE)
 
 
 def _backward_a8(ctx: Any, *grads: Tensor) -> None:

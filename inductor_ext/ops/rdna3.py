@@ -192,6 +192,7 @@ def _moe_gemm(
         a, c, b_q_weight, b_scales, b_qzeros, topk_weights, sorted_token_ids, expert_ids, num_tokens_post_padded,
         top_k, block_size_m, mul_topk_weight, output_topk,
     )  # fmt: skip
+    refuse_any_gradient("moe_gptq_gemm_rdna3", a, c, b_scales, topk_weights)
     Door("moe_gptq_gemm_rdna3", a.device).on_line(b_q_weight=b_q_weight, b_qzeros=b_qzeros, b_scales=b_scales, c=c)
     moe.gemm(
         a, b_q_weight, b_scales, b_qzeros, dot.Zeros.NIBBLES_LESS_ONE, sorted_token_ids, expert_ids,
@@ -213,6 +214,14 @@ def no_gradient(op: str) -> None:
         raise NotImplementedError(f"w4a16::{op} has no gradient, as in the field; torch.ops.w4a16.linear has one.")
 
     torch.library.register_autograd(f"w4a16::{op}", backward, lib=LIB)
+
+
+def refuse_any_gradient(op: str, *tensors: Tensor) -> None:
+    """The same for an op that writes into an argument, where the result would have none without a word."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"w4a16::{op} has no gradient, as in the field; torch.ops.w4a16.moe has one. Call it under torch.no_grad()."
+        )
 
 
 no_gradient("gptq_gemm_rdna3")

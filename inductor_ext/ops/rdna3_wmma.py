@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inductor_ext.ops.linear import LIB
-from inductor_ext.ops.rdna3 import Door, no_gradient
+from inductor_ext.ops.rdna3 import Door, no_gradient, refuse_any_gradient
 
 # -- schema ------------------------------------------------------------------------------------------------------------
 # As gptq_gemm_rdna3 (rdna3.py), in speed for 16 rows of a or more.
@@ -84,9 +84,16 @@ def _check_moe(
         C.shape[0] >= n_valid_tokens, lambda: f"C must have at least {n_valid_tokens} rows, it is {list(C.shape)}."
     )
     door.tensor("C", C, (C.shape[0], N), A.dtype)
-    door.require(num_blocks >= 0, lambda: f"num_blocks must not be negative, it is {num_blocks}.")
     door.tensor("sorted_token_ids", sorted_token_ids, (sorted_token_ids.numel(),), torch.int32)
     door.tensor("expert_ids", expert_ids, (expert_ids.numel(),), torch.int32)
+    most = min(expert_ids.numel(), -(-sorted_token_ids.numel() // block_m))
+    door.require(
+        0 <= num_blocks <= most,
+        lambda: (
+            f"num_blocks must be within 0..{most}, for {expert_ids.numel()} expert_ids and {sorted_token_ids.numel()}"
+            f" sorted_token_ids in blocks of {block_m}; it is {num_blocks}."
+        ),
+    )
 
 
 def _check_rows(door: Door, words: Tensor, shape: tuple[int, int, int]) -> None:
@@ -151,6 +158,7 @@ def _moe_gemm(
     _check_moe(
         A, w_packed, w_scale, sorted_token_ids, expert_ids, C, n_valid_tokens, top_k, block_m, num_blocks
     )  # fmt: skip
+    refuse_any_gradient("moe_gemm_w4a16", A, C, w_scale)
     Door("moe_gemm_w4a16", A.device).on_line(w_packed=w_packed, w_scale=w_scale, C=C)
     rows = C[:n_valid_tokens].zero_()
     if n_valid_tokens > 0:

@@ -44,7 +44,8 @@ class Checkpoint:
 
 def checkpoint_of(quant_config: Any) -> Checkpoint:
     """Of a ``Checkpoint``, or of the field's configurations by their attributes: vLLM's AutoAWQConfig (zero_point) and
-    AutoGPTQConfig (desc_act), compressed-tensors' QuantizationArgs (num_bits, actorder). Raises TypeError."""
+    AutoGPTQConfig (desc_act), compressed-tensors' QuantizationArgs (num_bits, actorder). Raises TypeError for another,
+    and ValueError as ``in_act_order`` does."""
     if isinstance(quant_config, Checkpoint):
         return quant_config
     if _has(quant_config, "zero_point", "weight_bits"):
@@ -54,12 +55,22 @@ def checkpoint_of(quant_config: Any) -> Checkpoint:
         convention = gptq.STORED if second else gptq.LESS_ONE
         return Checkpoint("gptq", quant_config.weight_bits, convention, quant_config.desc_act)
     if _has(quant_config, "num_bits", "actorder"):
-        order = str(getattr(quant_config.actorder, "value", quant_config.actorder))
-        return Checkpoint("compressed-tensors", quant_config.num_bits, desc_act=order == "group")
+        return Checkpoint("compressed-tensors", quant_config.num_bits, desc_act=in_act_order(quant_config.actorder))
     raise TypeError(
         "quant_config must be a Checkpoint, or have the attributes of AutoAWQConfig, AutoGPTQConfig or"
         f" QuantizationArgs; it is a {type(quant_config).__name__}."
     )
+
+
+def in_act_order(actorder: Any) -> bool:
+    """Whether compressed-tensors' setting has the index of groups count: "group", also known as "dynamic" and True.
+    "weight", or "static", reordered columns during calibration only. Raises ValueError for anything else."""
+    value = getattr(actorder, "value", actorder)
+    if value in ("group", "dynamic", True):
+        return True
+    if value in ("weight", "static", False, None):
+        return False
+    raise ValueError(f'actorder must be "group", "dynamic", "weight", "static", a bool or None; it is {value!r}.')
 
 
 def _has(value: Any, *names: str) -> bool:

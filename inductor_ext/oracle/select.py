@@ -116,6 +116,19 @@ def _not_by_the_op(problem: Problem | MoeProblem, row: table.Row) -> str | None:
             return f"Both projections must have codes of the same bits, not {problem.w13.bits} and {problem.w2.bits}."
         if problem.w13.order or problem.w2.order:
             return "The experts' columns are stored permuted (act-order), and w4a16::moe takes no order."
+        sizes = (problem.H, problem.w13.group_size), (problem.I, problem.w2.group_size)
+        if problem.op == "moe" and (reason := _unequal(*sizes)) is not None:
+            return reason
         if problem.batched and not row.batched:
             return "Tokens come batched by expert, [E, tokens, H]; w4a16::moe takes [T, H] and ids."
+    elif problem.op == "linear":
+        return _unequal((problem.K, problem.group_size))
+    return None
+
+
+def _unequal(*sizes: tuple[int, int]) -> str | None:
+    """A weight of so many columns has groups of one size."""
+    for K, group_size in sizes:
+        if K % group_size:
+            return f"Groups of {group_size} do not divide K={K}."
     return None

@@ -84,23 +84,28 @@ def usable() -> str | None:
 
 
 def reject(problem: MoeProblem) -> str | None:
-    mlp = problem.mlp
     if problem.op != "moe_mxfp4" or not problem.fp8:
         return "AITER's kernel is for MXFP4 weights with fp8 activations (W4A8)."
     if problem.device != "cuda" or problem.arch != "gfx950":
         return f"The scales are swizzled for gfx950; this is {problem.arch or problem.device}."
     if problem.dtype != torch.bfloat16:
         return f"AITER takes and gives bfloat16, not {problem.dtype}."
+    if (reason := _why_not(problem.mlp)) is not None:
+        return reason
+    if problem.expert_map:
+        return "AITER ignores expert_map: it would compute what is other devices' to compute."
+    if problem.E >= 1 << 16:
+        return f"AITER's map of blocks has 16 bits for an expert; there are {problem.E}."
+    return None
+
+
+def _why_not(mlp: Mlp) -> str | None:
     if (mlp.activation, mlp.gate_up) != ("swigluoai", "interleaved"):
         return f"AITER computes swigluoai of interleaved gates and ups, not {mlp.activation} ({mlp.gate_up})."
     if mlp.limit is None:
         return "AITER's swigluoai always clamps; there is no limit."
     if mlp.apply_router_weight_on_input:
         return "AITER would multiply by the router's weight after the activation, not before W13."
-    if problem.expert_map:
-        return "AITER ignores expert_map: it would compute what is other devices' to compute."
-    if problem.E >= 1 << 16:
-        return f"AITER's map of blocks has 16 bits for an expert; there are {problem.E}."
     return None
 
 
@@ -156,6 +161,8 @@ def run(
         raise RuntimeError(aiter)
     if input_scales is None or x.dtype != torch.bfloat16:
         raise RuntimeError(f"AITER's kernel takes bfloat16 and the scales of fp8; x is {x.dtype}.")
+    if (reason := _why_not(mlp)) is not None:  # an op may be called with a kernel's name by hand, too
+        raise RuntimeError(reason)
     (T, H), E = x.shape, w13.qweight.shape[0]
     if T == 0:
         return torch.empty_like(x)

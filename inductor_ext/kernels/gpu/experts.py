@@ -141,7 +141,10 @@ def layer(
 ) -> Tensor:
     """The launches. With ``scales`` x and h are rounded to e4m3 by them, and kept in the dtype ``fp8``.
 
-    ``many``: by the kernels for Hoppers, from these weights."""
+    ``many``: by the kernels for Hoppers, from these weights. Raises RuntimeError for the router's weight on an input
+    that is rounded, which would have to come before rounding."""
+    if scales and mlp.apply_router_weight_on_input:  # an op may be called with a kernel's name by hand
+        raise RuntimeError("The kernel rounds x to fp8 once, not once for each weight of the router on the input.")
     from inductor_ext.kernels.gpu import moe
     from inductor_ext.kernels.gpu.routing import route_kernel
     from inductor_ext.kernels.gpu.workspace import Sections, counters

@@ -29,9 +29,9 @@ _WORDS = COLUMNS // 4
 
 def why_not(K: int, group_size: int) -> str | None:
     """Why the layout cannot hold groups of this size, as a sentence; None if it can."""
-    if group_size == K or group_size in (32, 64) or group_size % 128 == 0:
+    if group_size == K or (K % group_size == 0 and (group_size in (32, 64) or group_size % 128 == 0)):
         return None
-    return f"The group size must be 32, 64, a multiple of 128, or K={K}; it is {group_size}."
+    return f"The group size must be K={K}, or divide it and be 32, 64 or a multiple of 128; it is {group_size}."
 
 
 def filled(size: int, unit: int) -> int:

@@ -18,6 +18,7 @@ from inductor_ext.bits import transposed
 from inductor_ext.formats import EXLLAMA, SEQUENTIAL, PackedInt, PackedInt4
 from inductor_ext.kernels import ACTIVATIONS, GATE_UP, Layout, Mlp, MoeProblem, Packed, Routing, canonical
 from inductor_ext.kernels.hip import dot, linear, moe, objects, profile, routing, runtime, wmma
+from inductor_ext.kernels.hip.routing import MOST_EXPERTS
 
 NAME = "hip"
 CHECKS_WEIGHTS = False
@@ -36,8 +37,8 @@ def reject(problem: MoeProblem) -> str | None:
         return reason
     if problem.dtype not in dot.NAMES:
         return f"The activations must be float16 or bfloat16, not {problem.dtype}."
-    if problem.E > routing.MOST_EXPERTS:
-        return f"There may be {routing.MOST_EXPERTS} experts at most, not {problem.E}."
+    if problem.E > MOST_EXPERTS:
+        return f"There may be {MOST_EXPERTS} experts at most, not {problem.E}."
     rows = problem.I * (1 if problem.mlp.gate_up == "none" else 2)
     for weight, N, K in ((problem.w13, rows, problem.H), (problem.w2, problem.H, problem.I)):
         if weight.scale_dtype != problem.dtype:
@@ -118,6 +119,8 @@ def require(x: Tensor, routing: Routing, w13: Packed, w2: Packed, intermediate_s
             f"The HIP kernels take x in the scales' dtype; x is {x.dtype}, the scales are {w13.scales.dtype} and"
             f" {w2.scales.dtype}."
         )
+    if len(w13.qweight) > MOST_EXPERTS:
+        raise RuntimeError(f"There may be {MOST_EXPERTS} experts at most, not {len(w13.qweight)}.")
     slots = routing.topk_ids.numel()
     if 2 * max(x.numel(), slots * intermediate_size) >= dot.MOST_BYTES:
         raise RuntimeError(
