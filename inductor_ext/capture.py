@@ -18,7 +18,8 @@ from torch._guards import Source, TracingContext
 
 from inductor_ext.kernels import Packed
 from inductor_ext.patterns.anchors import Anchor, anchors, meta
-from inductor_ext.patterns.cone import share, stored_integers
+from inductor_ext.patterns.cone import share, stored_integers, written
+from inductor_ext.patterns.memory import memory
 from inductor_ext.weights import part
 
 
@@ -101,6 +102,7 @@ class DynamoSite(_Seeing):
         self.placeholders = self.graph.find_nodes(op="placeholder")
         self.inputs = list(example_inputs)
         self._position = {node: i for i, node in enumerate(self.placeholders)}
+        self._written = {memory(target) for node in self.graph.nodes for target in written(node)} - {None}
         share(self.graph, lambda node: self.stored(node) is not None)
 
     def slot(self, node: fx.Node) -> Slot:
@@ -123,6 +125,8 @@ class DynamoSite(_Seeing):
             )
         if not isinstance(self.inputs[self._position[node]], Tensor):
             return f"the size {node.name}, which can change, takes part in its computation"
+        if memory(node) in self._written:  # by whatever name: also of another tensor in the same memory
+            return f"the stored tensor {node.name} is written to in the graph"
         if node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None:
             return None
         if _held(getattr(node, "_dynamo_source", None)):

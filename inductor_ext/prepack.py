@@ -31,7 +31,9 @@ def prepack_(module: nn.Module) -> int:
     """Converts the int4 linear layers in a module, in place and one at a time; returns how many.
 
     A layer qualifies if it has ``in_features``, stores its own int4 tensors, and computes one linear map of its input.
-    Its stored codes are freed and the kernel's layout takes their place; scales, zeros and the rest stay.
+    Its stored codes are freed and the kernel's layout takes their place; scales, zeros and the rest stay. From then on
+    weights change by ``load_state_dict()`` alone: where the layout has copies of scales and zeros, writing to the
+    module's own does not reach those.
     ``state_dict()`` still gives the stored layout, and ``load_state_dict()`` takes it. Layers whose layout the device's
     kernel reads as it is have nothing to convert and stay, as do those that do not qualify; the log of
     ``inductor_ext.prepack`` says which and why.
@@ -115,10 +117,14 @@ class Prepacked(nn.Module):
         rest = dict(state_dict)
         key = prefix + self._codes_name
         codes = rest.pop(key, None)
-        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
         if codes is None:
             missing.append(key)
-        elif (codes.shape, codes.dtype) != (self._stored_like.shape, self._stored_like.dtype):
+            if any(prefix + name in rest for name in self._names):  # scales alone, say: for the codes that are here
+                codes = self.stored_codes()
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        if codes is None:
+            return
+        if (codes.shape, codes.dtype) != (self._stored_like.shape, self._stored_like.dtype):
             errors.append(
                 f"{key} is {codes.dtype} {list(codes.shape)};"
                 f" {self._stored_like.dtype} {list(self._stored_like.shape)} is needed."

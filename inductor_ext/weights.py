@@ -3,7 +3,8 @@
 An entry hangs on the tensor that holds the codes. So it is shared by every graph, follows its tensor when modules swap
 theirs, and dies with it. It is proved and packed when its stored tensors are first met, and refreshed in place (same
 addresses, so captured CUDA graphs stay valid) when one of them changes. A change is seen by the tensor's version
-counter; ``t.data.copy_()`` and writes under ``inference_mode`` do not move it: call ``invalidate(module)`` after those.
+counter, and ``p.data = q`` by the address. ``t.data.copy_()``, writes under ``inference_mode`` or to a q that is p's
+data already move neither, nor does a q at the address that p's data had: call ``invalidate(module)`` after those.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ def _renewed(old: Packed, ours: Sequence[bool], new: Packed) -> Packed:
     return Packed(*(renew(*each) for each in zip(old, new, ours, strict=True)))  # type: ignore[arg-type]
 
 
-def _state(sources: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """What tells that a stored tensor has changed: its version, and its address (``p.data = q`` changes no version)."""
-    return [(-1 if t.is_inference() else t._version, t.data_ptr()) for t in sources]
+def _state(sources: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """What tells that a stored tensor has changed: its version, and where and how it lies (``p.data = q`` changes no
+    version)."""
+    return [(-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in sources]
 
 
 class _Entries(dict[str, Entry]):

@@ -117,7 +117,10 @@ def _same_form(found: Anchor) -> bool:
     if not all(isinstance(t, Tensor) for t in (x, weight, y)):
         return False
     one = weight.dim() >= 2 and all(size == 1 for size in weight.shape[:-2])
-    return one and x.dim() >= 1 and x.dim() == y.dim()
+    if not one or x.dim() < 1 or x.dim() != y.dim():
+        return False
+    K, width = weight.shape[-2 if found.kn else -1], x.shape[-1]
+    return not (isinstance(K, int) and isinstance(width, int)) or width == K  # einsum broadcasts a width of 1
 
 
 def swapped(found: Anchor) -> fx.Node | None:
@@ -136,7 +139,11 @@ def _operands(node: fx.Node) -> list[Any]:
 
 def _linear(node: fx.Node, x: Any, weight: Any, bias: Any = None) -> Anchor | None:
     bias = node.kwargs.get("bias", bias)
-    return Anchor(node, x, weight, kn=False, bias=bias if isinstance(bias, fx.Node) else None)
+    if not isinstance(bias, fx.Node):
+        return Anchor(node, x, weight, kn=False, bias=None)
+    given, y = meta(bias), meta(node)
+    of_rows = isinstance(given, Tensor) and isinstance(y, Tensor) and given.dim() == 1 and given.shape[0] == y.shape[-1]
+    return Anchor(node, x, weight, kn=False, bias=bias) if of_rows else None
 
 
 def _matmul(node: fx.Node, x: Any, weight: Any, *rest: Any) -> Anchor | None:
@@ -145,7 +152,8 @@ def _matmul(node: fx.Node, x: Any, weight: Any, *rest: Any) -> Anchor | None:
 
 def _addmm(node: fx.Node, bias: Any, x: Any, weight: Any, *rest: Any) -> Anchor | None:
     """Only input + x @ W with a bias [N]: other factors, or a matrix to add, stay outside as they are."""
-    if rest or node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1 or not isinstance(bias, fx.Node):
+    other = rest or "out" in node.kwargs or node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1
+    if other or not isinstance(bias, fx.Node):
         return None
     one_row = isinstance(meta(bias), Tensor) and meta(bias).dim() == 1 and meta(bias).shape[0] != 1
     return Anchor(node, x, weight, kn=True, bias=bias) if one_row else None

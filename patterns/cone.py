@@ -19,9 +19,11 @@ from typing import Any, Protocol
 
 import torch
 from inductor_ext.patterns.anchors import Anchor, is_matmul, meta, name
+from inductor_ext.patterns.memory import share_memory
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 _LIMIT = 512
 """Nodes in a cone. Real dequantisations have 5 to 60."""
@@ -250,7 +252,7 @@ def written(node: fx.Node) -> list[fx.Node]:
             or (called.endswith("_") and not called.endswith("__"))
         )
         targets = [*(node.args[:1] if in_place else ()), node.kwargs.get("out")]
-    return [n for n in targets if isinstance(n, fx.Node)]
+    return [n for n in tree_leaves(targets) if isinstance(n, fx.Node)]  # of torch._foreach_add_(...) a list
 
 
 def _writes(node: fx.Node) -> Iterable[fx.Node]:
@@ -264,7 +266,7 @@ def _writes(node: fx.Node) -> Iterable[fx.Node]:
             writes = alias in written(user)
             if writes:
                 yield user
-            if writes or name(user) in VIEWS:
+            if writes or name(user) in VIEWS or share_memory(user, alias):
                 seen.add(user)
                 todo.append(user)
 
@@ -311,14 +313,19 @@ _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, tor
 
 
 def share(graph: fx.Graph, is_stored: Callable[[fx.Node], bool]) -> None:
-    """Computes what depends on stored tensors once, where a graph has it several times.
+    """Computes what depends on stored tensors once, where a graph has it several times on the way to a matmul.
 
-    A module that dequantises its experts in a property does so for every expert that is looked up.
+    A module that dequantises its experts in a property does so for every expert that is looked up. What is returned,
+    written to or used in any other way stays apart, and so does what is computed with gradients and without, or under
+    another autocast.
     """
     first: dict[str, fx.Node] = {}
     label: dict[fx.Node, str] = {}
     stored: set[fx.Node] = set()
+    elsewhere = _not_for_matmuls_alone(graph)
+    context = 0
     for node in list(graph.nodes):
+        context += name(node) in _CONTEXTS
         if node.op in ("placeholder", "get_attr"):
             if is_stored(node) and not any(_writes(node)):
                 label[node] = f"{node.op} {node.target}"
@@ -329,7 +336,7 @@ def share(graph: fx.Graph, is_stored: Callable[[fx.Node], bool]) -> None:
             and not written(node)
             and not any(_writes(node))
         ):
-            text = described(node, label.__getitem__)
+            text = f"{context} {described(node, label.__getitem__)}"
             same = first.setdefault(text, node)
             if same is node:
                 label[node] = f"%{len(first)}"
@@ -337,6 +344,21 @@ def share(graph: fx.Graph, is_stored: Callable[[fx.Node], bool]) -> None:
                 label[node] = label[same]  # a table of shifts, say: the graph may keep two
             elif same is node:
                 stored.add(node)
-            else:
+            elif node not in elsewhere and same not in elsewhere:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
+
+
+_CONTEXTS = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+
+
+def _not_for_matmuls_alone(graph: fx.Graph) -> set[fx.Node]:
+    """What reaches a result or a write by a way on which there is no matmul."""
+    found: set[fx.Node] = set()
+    todo = [node for node in graph.nodes if node.op == "output" or is_write(node)]
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in found and not is_matmul(node):
+                found.add(node)
+                todo.append(node)
+    return found

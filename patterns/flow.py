@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from inductor_ext.patterns.anchors import meta, name
 from inductor_ext.patterns.cone import VIEWS, is_assertion, written
+from inductor_ext.patterns.memory import share_memory
 from torch import Tensor, fx
 
 
@@ -42,6 +43,9 @@ class Flow:
         """The node whose memory this one may share: of a view its base, of an in-place operation its target."""
         if targets:
             return self.root(targets[0])
+        for source in node.all_input_nodes:
+            if share_memory(node, source):
+                return self.root(source)
         if node.op not in ("call_function", "call_method") or name(node) not in VIEWS or not node.all_input_nodes:
             return node
         base = node.all_input_nodes[0]

@@ -87,6 +87,18 @@ def test_another_checkpoint_loads_into_it(kind: dict[str, bool]) -> None:
     assert rel_l2(net(x), other(x)) < 2e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_scales_without_codes_go_with_the_codes_that_are_there(kind: dict[str, bool]) -> None:
+    net, other, x = model(**kind), model(**kind), torch.randn(5, K)
+    inductor_ext.prepack_(net)
+    some = {"0.scales": other[0].scales * 3}
+    other.load_state_dict(some, strict=False)
+    net.load_state_dict(some, strict=False)
+    assert rel_l2(net(x), other(x)) < 2e-6
+    assert torch.equal(net.state_dict()["0.qweight"], other.state_dict()["0.qweight"])
+
+
 def test_a_checkpoint_that_does_not_fit_is_named() -> None:
     net = nn.Sequential(Linear(1))
     inductor_ext.prepack_(net)
