@@ -194,7 +194,33 @@ def times_an_activation(m: Any, x: Tensor, name: str) -> Tensor:
     return m.nk(name) * torch.sigmoid(x.mean(0) @ m.router.T)[:, None, None]
 
 
+def x_written_to(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Under another name, after w13 has read it."""
+    x = x * 1.5
+    other = x.to(x.dtype)
+
+    def write(m: Any, h: Tensor) -> Tensor:
+        other.add_(1)
+        return h
+
+    return gathered(h_of=write)(m, x, ids, weights)
+
+
+def weights_written_to(m: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    weights = weights / weights.sum(-1, keepdim=True)
+    other = weights.contiguous()
+
+    def write(m: Any, y: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+        y = y * weights.unsqueeze(-1)
+        other.mul_(2)
+        return y.sum(1)
+
+    return gathered(combine=write)(m, x, ids, weights)
+
+
 GATHERED: dict[str, Form] = {
+    "x written to under another name": x_written_to,
+    "weights written to under another name": weights_written_to,
     "weight applied twice": gathered(combine=lambda m, y, w, x: (y * w.unsqueeze(-1) * w.unsqueeze(-1)).sum(1)),
     "not weighted": gathered(combine=lambda m, y, w, x: y.sum(1) + 0 * w.sum()),
     "summed over the wrong axis": gathered(combine=wrong_axis),
