@@ -181,6 +181,7 @@ class ConstantSite(_Seeing):
         self.loudness = loudness
         self.training = False
         self.gm, self.graph = graph.owning_module, graph
+        self._written = {target.target for node in graph.nodes for target in written(node)}
         share(graph, lambda node: self.stored(node) is not None)
 
     def stored(self, node: fx.Node) -> Tensor | None:
@@ -192,6 +193,8 @@ class ConstantSite(_Seeing):
         value = _attribute(self.gm, node)
         if not isinstance(value, Tensor) or isinstance(value, torch._subclasses.FakeTensor):
             return f"the value of the attribute {node.name} is not known when this graph is compiled"
+        if node.target in self._written:
+            return f"the stored tensor {node.name} is written to in the graph"
         return None
 
     def attach(self, packed: Packed) -> list[fx.Node | None]:

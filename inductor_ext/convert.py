@@ -28,6 +28,9 @@ ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far apart, relatively, two ways to compute the same experts may be: there are several roundings in each."""
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
 class NotConverted(Exception):
     """Why a module stays as it is. The message is a sentence."""
 
@@ -78,6 +81,8 @@ def _converted(path: str, module: Any, read: _Reader) -> PackedExperts:
     arguments = list(inspect.signature(module.forward).parameters)
     if arguments != ARGUMENTS:
         raise NotConverted(f"it is called with ({', '.join(arguments)}), not ({', '.join(ARGUMENTS)})")
+    if any(getattr(part, hooks, None) for part in module.modules() for hooks in HOOKS):
+        raise NotConverted("it has hooks, which would be lost")
     if not callable(getattr(module, "act_fn", None)):
         raise NotConverted("it has no act_fn")
     gate_up, down = [], []
@@ -119,12 +124,15 @@ def _compare(module: nn.Module, packed: PackedExperts, like: Tensor) -> None:
     for size in (1, 30):
         x = (size * torch.randn(experts, packed.hidden_dim, generator=random)).to(like)
         try:
-            wanted = module(x, ids, weights).double()
+            wanted = module(x, ids, weights).double().flatten(0, -2)
         except Exception as error:
             raise NotConverted(f"it fails on a random input ({type(error).__name__}: {error})") from error
-        distance = float((packed(x, ids, weights).double() - wanted).norm() / wanted.norm())
-        if not distance <= ROUNDING[like.dtype]:
-            raise NotConverted(f"it computes something else than weighted sums of its experts ({distance:.1e} away)")
+        got = packed(x, ids, weights).double().flatten(0, -2)
+        distance = float(((got - wanted).norm(dim=1) / wanted.norm(dim=1)).max())  # each expert has rows of its own
+        factor = float((got * wanted).sum() / got.square().sum())
+        if not distance <= ROUNDING[like.dtype] or not abs(factor - 1) <= ROUNDING[like.dtype] / 10:
+            off = f"{distance:.1e} away, {factor:.4f} times"
+            raise NotConverted(f"it computes something else than weighted sums of its experts ({off})")
 
 
 # -- the int4 weights of linear layers, by way of prepack_ -------------------------------------------------------------

@@ -58,7 +58,10 @@ class Meaning:
 
     def __init__(self, given: Inputs, columns: int | None = None) -> None:
         self._given, self._columns = given, slice(columns)
-        self._chosen = [(e, *(given.ids == e).nonzero(as_tuple=True)) for e in given.ids.unique().tolist()]
+        known = range(len(given.matrices[0]))  # any other choice contributes nothing
+        self._chosen = [
+            (e, *(given.ids == e).nonzero(as_tuple=True)) for e in given.ids.unique().tolist() if e in known
+        ]
         self._products: dict[tuple[int, bool], list[Tensor]] = {}
 
     def under(self, finding: Finding) -> Tensor:

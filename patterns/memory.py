@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import torch
-from inductor_ext.patterns.anchors import meta
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def memory(node: fx.Node) -> int | None:
     """A number that nodes in the same memory have in common; None where that is not known: of what is no tensor, of one
-    that wraps others, or of a graph without fake values."""
-    value = meta(node)
+    that wraps others, or of a graph that Dynamo did not capture."""
+    value = node.meta.get("example_value")
     if not isinstance(value, Tensor) or value.layout != torch.strided or is_traceable_wrapper_subclass(value):
         return None
     return int(value.untyped_storage()._cdata)

@@ -19,8 +19,8 @@ from inductor_ext.patterns.flow import Flow
 from inductor_ext.patterns.meaning import CutRows, Finding, Meaning
 from inductor_ext.patterns.region import Proposals, Region, structure
 from inductor_ext.patterns.rounding import NotRounded, Rounding, rounding_of
-from inductor_ext.patterns.thresholds import why_not_these_clamps, why_not_tried
-from inductor_ext.patterns.trial import MadeUp, Trial, routings, stray_scores
+from inductor_ext.patterns.thresholds import limits_ids, why_not_these_clamps, why_not_tried
+from inductor_ext.patterns.trial import MadeUp, Trial, beyond, routings, stray_scores
 from torch import Tensor, fx
 
 from inductor_ext.kernels import Mlp
@@ -134,8 +134,24 @@ def _try(trial: Trial) -> Finding | str:
     tried = [(Meaning(first), result), *((Meaning(given), trial.run(given)) for given in others)]
     for guess in guesses:
         if all(_agree(result, meaning.under(guess), trial.tolerance) for meaning, result in tried):
-            return guess
+            return guess if _nobody_s(trial, chosen[0], guess) else _BEYOND
     return "it treats some routings, or some values, in another way than by expert and weight"
+
+
+_BEYOND = "ids beyond its experts, which it lets through, do something else there than contribute nothing"
+
+
+def _nobody_s(trial: Trial, ids: Tensor, guess: Finding) -> bool:
+    """Whether ids beyond the experts contribute nothing, as in the op, where operations limit ids or take them modulo.
+    Elsewhere they are an error, or there are none."""
+    if not limits_ids(trial.region):
+        return True
+    given = trial.inputs(beyond(ids, trial.region.experts))
+    try:
+        result = trial.run(given)
+    except Exception:  # the user's operations: they let no such ids through
+        return True
+    return bool(((result - Meaning(given).under(guess)).norm(dim=1) <= trial.tolerance * given.x.norm()).all())
 
 
 def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -17,14 +17,16 @@ from torch import Tensor, fx
 
 from inductor_ext.kernels import Mlp
 
-_CLAMPS = {"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum"}
+_CLAMPS = {"clamp", "clip", "clamp_min", "clamp_max", "hardtanh", "minimum", "maximum", "fmin", "fmax"}
 _SELECTIVE = {
-    *("where", "masked_fill", "masked_fill_", "abs", "abs_", "sign", "round", "floor", "ceil", "trunc", "nan_to_num"),
+    *("where", "masked_fill", "abs", "sign", "round", "floor", "ceil", "trunc", "nan_to_num"),
     *("topk", "sort", "max", "min", "amax", "amin", "relu6", "threshold", "hardshrink", "softshrink", "fmod", "frac"),
     *("hardsigmoid", "hardswish", "remainder", "quantize_per_tensor", "fake_quantize_per_tensor_affine", "heaviside"),
 }
 _ORDER = {"lt", "le", "gt", "ge", "less", "greater", "less_equal", "greater_equal", "__lt__", "__le__", "__gt__"}
-_MASKED = ("masked_fill", "masked_fill_")
+_TESTS = {"isinf", "isnan", "isfinite", "isposinf", "isneginf", "eq", "ne", "__eq__", "__ne__", "isclose", "signbit"}
+_MODULO = {"remainder", "fmod", "mod", "__mod__", "bitwise_and", "and", "__and__"}
+_MASKED = ("masked_fill",)
 _CASTS = ("to", "int", "long", "contiguous", "clone")
 _NARROW = tuple(dtype for n in dir(torch) if n.startswith(("float8", "float4")) for dtype in [getattr(torch, n)])
 
@@ -35,7 +37,7 @@ def why_not_tried(region: Region, ahead: set[fx.Node], flow: Flow) -> str | None
     for node in region.nodes:
         if _settled(node, region, flow):
             continue
-        called = name(node)
+        called = _called(node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or called in RANDOM:
             return f"a random operation ({node.name}) takes part in its computation"
         if any(dtype in _NARROW for dtype in _dtypes(node)):
@@ -47,6 +49,8 @@ def why_not_tried(region: Region, ahead: set[fx.Node], flow: Flow) -> str | None
             return f"it treats some values in another way ({node.name})"
         if not on_values and called in _CLAMPS and not _beyond(node, region):
             return f"it limits something ({node.name})"
+        if called in _TESTS and any(n in ahead and _is_float(n) for n in node.all_input_nodes):
+            return f"it looks for some values ({node.name})"
         if called in _ORDER and any(bound != 0 for bound in _numbers(node)):
             return f"it compares something with a limit ({node.name})"
     return None
@@ -58,9 +62,24 @@ def why_not_these_clamps(region: Region, ahead: set[fx.Node], mlp: Mlp) -> str |
     if mlp.activation == "swigluoai" and mlp.limit is not None:
         allowed = {mlp.limit, -mlp.limit}
     for node in region.nodes:
-        if node in ahead and name(node) in _CLAMPS and not set(_numbers(node)) <= allowed:
+        if node not in ahead or _called(node) not in _CLAMPS:
+            continue
+        bounds = set(_numbers(node))
+        if not bounds <= allowed or (not bounds and mlp.activation != "relu"):  # tensors, of whatever values
             return f"it clamps values where no activation that is known does ({node.name})"
     return None
+
+
+def limits_ids(region: Region) -> bool:
+    """Whether an operation compares integers with a number, keeps them within one or takes them modulo."""
+    limiting = _CLAMPS | _ORDER | _MODULO
+    return any(_called(node) in limiting and _numbers(node) and not _is_float(node) for node in region.nodes)
+
+
+def _called(node: fx.Node) -> str:
+    """The name of an operation, or of the one that an in-place operation is like."""
+    called = name(node)
+    return called if called.endswith("__") else called.removesuffix("_")
 
 
 def _settled(node: Any, region: Region, flow: Flow) -> bool:
@@ -98,7 +117,7 @@ def _argument(node: fx.Node, place: int, keyword: str) -> Any:
 
 
 def _harmless(node: fx.Node, region: Region) -> bool:
-    return name(node) in _CLAMPS and _beyond(node, region)
+    return _called(node) in _CLAMPS and _beyond(node, region)
 
 
 def _beyond(node: fx.Node, region: Region) -> bool:

@@ -262,3 +262,23 @@ def test_what_has_no_packed_experts_is_passed_over_in_silence(said: Callable[[],
 def test_experts_cannot_be_replaced_in_themselves(said: Callable[[], list[str]]) -> None:
     assert inductor_ext.convert_(LinearLoop()) == 0
     assert said() == ["LinearLoop stays as it is: it is the model itself, so there is nothing to replace it in"]
+
+
+def test_hooks_would_be_lost(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(LinearLoop())
+    model[0].register_forward_hook(lambda *given: None)
+    with caplog.at_level(logging.INFO):
+        assert inductor_ext.convert_(model) == 0
+    assert "it has hooks, which would be lost" in caplog.text
+
+
+@pytest.mark.parametrize("factor", [1.04, "one expert"], ids=str)
+def test_a_little_more_than_rounding_is_something_else(factor: float | str) -> None:
+    class Off(LinearLoop):
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            if isinstance(factor, float):
+                return factor * super().forward(hidden_states, top_k_index, top_k_weights)
+            return super().forward(hidden_states, top_k_index, top_k_weights * (top_k_index != 1))
+
+    model = nn.Sequential(Off(dtype=torch.bfloat16))
+    assert inductor_ext.convert_(model) == 0
