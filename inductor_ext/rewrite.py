@@ -16,7 +16,6 @@ from inductor_ext.options import Options
 from inductor_ext.patterns.anchors import meta
 from inductor_ext.patterns.cone import is_assertion, is_write
 from inductor_ext.patterns.region import Region
-from inductor_ext.patterns.thresholds import limits_ids
 from inductor_ext.proved import Proved, ProvedExperts, ProvedLinear
 from inductor_ext.report import Report
 
@@ -70,8 +69,7 @@ def _replace_experts(site: Site, p: ProvedExperts, replaced: dict[fx.Node, fx.No
     given = ids
     if region.repeats:
         ids = _from_anywhere(graph, ids, region)
-    if limits_ids(region) and not region.dense:
-        # Proved: what is beyond the experts contributes nothing. To the op that is -1; another number is an error.
+    if finding.skips_beyond:  # to the op that is -1; another number is an error
         beyond = _call(graph, aten.ge.Scalar, given, region.experts)
         ids = _call(graph, aten.where.self, beyond, _call(graph, aten.full_like.default, ids, -1), ids)
     if region.dense:

@@ -45,6 +45,8 @@ class Finding:
     w13_bias: tuple[int, ...]
     """Places in Region.biases, one for each of ``w13`` and cut as it is; or none."""
     w2_bias: int | None
+    skips_beyond: bool = False
+    """A trial had ids beyond the experts, and they contributed nothing."""
 
     @property
     def intermediate(self) -> int:

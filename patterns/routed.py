@@ -134,24 +134,25 @@ def _try(trial: Trial) -> Finding | str:
     tried = [(Meaning(first), result), *((Meaning(given), trial.run(given)) for given in others)]
     for guess in guesses:
         if all(_agree(result, meaning.under(guess), trial.tolerance) for meaning, result in tried):
-            return guess if _nobody_s(trial, chosen[0], guess) else _BEYOND
+            return _beyond_the_experts(trial, chosen[0], guess)
     return "it treats some routings, or some values, in another way than by expert and weight"
 
 
 _BEYOND = "ids beyond its experts, which it lets through, do something else there than contribute nothing"
 
 
-def _nobody_s(trial: Trial, ids: Tensor, guess: Finding) -> bool:
-    """Whether ids beyond the experts contribute nothing, as in the op, where operations limit ids or take them modulo.
-    Elsewhere they are an error, or there are none."""
+def _beyond_the_experts(trial: Trial, ids: Tensor, guess: Finding) -> Finding | str:
+    """What is found, if ids beyond the experts contribute nothing where operations limit ids or take them modulo, as
+    they do in the op as -1; or why that is another thing. Elsewhere such ids are an error, for the op too."""
     if not limits_ids(trial.region):
-        return True
+        return guess
     given = trial.inputs(beyond(ids, trial.region.experts))
     try:
         result = trial.run(given)
     except Exception:  # the user's operations: they let no such ids through
-        return True
-    return bool(((result - Meaning(given).under(guess)).norm(dim=1) <= trial.tolerance * given.x.norm()).all())
+        return guess
+    same = ((result - Meaning(given).under(guess)).norm(dim=1) <= trial.tolerance * given.x.norm()).all()
+    return dataclasses.replace(guess, skips_beyond=True) if bool(same) else _BEYOND
 
 
 def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:

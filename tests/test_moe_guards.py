@@ -89,6 +89,20 @@ def test_ids_beyond_the_experts(form: Callable[[Experts, Tensor], Tensor]) -> No
     assert [found.op for found in report.rewritten] == ["w4a16::moe"]
 
 
+def test_ids_beyond_the_experts_are_an_error_where_the_model_has_one() -> None:
+    """A limit that lets them through makes them nothing to skip."""
+    m = Experts(routes=2 * E)
+
+    def forward(x: Tensor) -> Tensor:
+        ids, weights = m.route(x)
+        return m(x, ids.clamp(min=0), weights)
+
+    with pytest.raises(IndexError):
+        forward(X)
+    with pytest.raises((RuntimeError, IndexError), match=r"topk_ids must be -1 or 0\.\.7|out of"):
+        torch.compile(forward, backend="w4a16")(X)
+
+
 def no_infinities(y: Tensor) -> Tensor:
     y = y.clone()
     y[torch.isinf(y)] = 0
